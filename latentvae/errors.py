@@ -1,0 +1,8 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(ValueError):
+    """A mistake in what was given, told in one line: what it was, what is allowed, what to do.
+
+    The command line prints the message and exits 2. Any other exception keeps its traceback.
+    """
