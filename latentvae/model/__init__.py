@@ -1,0 +1,1 @@
+"""The autoencoder: presets, networks, posterior, latent scaling, and the class that diffusers pipelines take."""

@@ -1,0 +1,110 @@
+"""LDM-layout single files: as diffusers loads them, and strictly."""
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from latentvae.checkpoint import load_model
+from latentvae.errors import UserError
+from latentvae.model.autoencoder import AutoencoderKL
+from tests.model.pairs import TINY, make_pair, noise_images, relative
+
+# LDM files know attention in the middle only.
+CONFIG = TINY | {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+LEVELS = 2
+
+
+def ldm_name(name):
+    """The name of a weight in the LDM layout."""
+    for level in range(LEVELS):
+        name = name.replace(f"down_blocks.{level}.resnets.", f"down.{level}.block.")
+        name = name.replace(f"down_blocks.{level}.downsamplers.0.", f"down.{level}.downsample.")
+        name = name.replace(f"up_blocks.{level}.resnets.", f"up.{LEVELS - 1 - level}.block.")
+        name = name.replace(f"up_blocks.{level}.upsamplers.0.", f"up.{LEVELS - 1 - level}.upsample.")
+    for new, old in {
+        "mid_block.resnets.0": "mid.block_1",
+        "mid_block.resnets.1": "mid.block_2",
+        "mid_block.attentions.0": "mid.attn_1",
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+        "conv_shortcut": "nin_shortcut",
+        "conv_norm_out": "norm_out",
+    }.items():
+        name = name.replace(new, old)
+    return name
+
+
+def ldm_weights(vae, prefix=""):
+    weights = {}
+    for name, tensor in vae.state_dict().items():
+        is_attention = "attentions" in name and tensor.ndim == 2  # 1x1 convolutions there
+        weights[prefix + ldm_name(name)] = tensor[:, :, None, None].contiguous() if is_attention else tensor
+    return weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The configuration, and the same weights alone and inside a whole Stable Diffusion."""
+    folder = tmp_path_factory.mktemp("ldm")
+    ours, theirs = make_pair(CONFIG)
+    ours.save_config(folder)
+    save_file(ldm_weights(ours), folder / "vae.safetensors")
+    whole = ldm_weights(ours, "first_stage_model.") | {"model.diffusion_model.out.0.weight": torch.zeros(3)}
+    save_file(whole, folder / "whole.safetensors")
+    theirs.save_pretrained(folder / "diffusers")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["vae.safetensors", "whole.safetensors"])
+@torch.no_grad()
+def test_loads_as_diffusers_loads_it(folder, name):
+    ours = AutoencoderKL.from_single_file(str(folder / name), config=str(folder))
+    theirs = diffusers.AutoencoderKL.from_single_file(str(folder / name), config=str(folder))
+    expected = diffusers.AutoencoderKL.from_pretrained(folder / "diffusers")
+    images = noise_images(1, 3, 16, 16)
+    assert type(ours) is AutoencoderKL and not ours.training
+    for vae in (ours, theirs, load_model(folder / name)):  # load_model finds config.json beside the file
+        assert relative(vae(images).sample, expected(images).sample) <= 1e-5
+    half = load_model(folder / name, torch_dtype=torch.float16)
+    assert half.dtype == torch.float16
+
+
+def test_diffusers_layout_single_file(folder):
+    vae = load_model(folder / "diffusers" / "diffusion_pytorch_model.safetensors")
+    assert type(vae) is AutoencoderKL
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda weights: weights.pop("encoder.conv_in.weight"), "lacks"),
+        (lambda weights: weights.pop("quant_conv.bias"), "lacks"),
+        (lambda weights: weights.pop("decoder.mid.attn_1.q.weight"), "lacks"),
+        (lambda weights: weights.update({"decoder.up.7.block.0.conv1.weight": torch.zeros(1)}), "does not fit"),
+        (lambda weights: weights.update({"decoder.conv_in.weight": torch.zeros(2, 2, 3, 3)}), "cannot be loaded"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(folder, tmp_path, change, message):
+    weights = ldm_weights(make_pair(CONFIG)[0])
+    change(weights)
+    save_file(weights, tmp_path / "vae.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path / "vae.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_autoencoder_and_pickles(tmp_path, folder):
+    save_file({"model.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
+    with pytest.raises(UserError, match="holds no autoencoder"):
+        load_model(tmp_path / "unet.safetensors")
+    torch.save({}, tmp_path / "vae.ckpt")
+    with pytest.raises(UserError, match="pickle"):
+        AutoencoderKL.from_single_file(str(tmp_path / "vae.ckpt"), config=str(folder))
