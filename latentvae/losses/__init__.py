@@ -1,0 +1,1 @@
+"""The loss terms and the objective that composes them."""
