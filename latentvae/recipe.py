@@ -1,0 +1,246 @@
+"""All configuration of a run in one `Recipe`, and `build`: the only place where configuration becomes objects."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env
+from pydantic import BaseModel, Field
+
+from latentvae.checkpoint import load_model
+from latentvae.config import dump_yaml, load_config
+from latentvae.data.keyed import split_by_key
+from latentvae.data.pipeline import Batch, DataConfig, UnreadableImages, training_batches, validation_batches
+from latentvae.data.sources import ImageSource, open_source
+from latentvae.errors import UserError
+from latentvae.images import PixelFormat
+from latentvae.losses.discriminator import PatchDiscriminator
+from latentvae.losses.objective import LossConfig, Objective
+from latentvae.model.autoencoder import AutoencoderKL
+from latentvae.model.presets import ModelConfig
+from latentvae.training.config import TrainingConfig, ValidationConfig
+from latentvae.training.run_dir import RunDirectory
+from latentvae.training.trainer import Trainer
+from latentvae.training.validation import ValidationResult, validate
+
+SUPPORTED_STRATEGIES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+class Recipe(BaseModel, extra="forbid", frozen=True):
+    """Everything that decides a training run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig, description="which autoencoder")
+    data: DataConfig = Field(default_factory=DataConfig, description="which images, and how they are cut")
+    loss: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="how, and for how long")
+    validation: ValidationConfig = Field(default_factory=ValidationConfig, description="what is looked at meanwhile")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name => file of every recipe that comes with the package (train/recipes in a clone)."""
+    for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "train" / "recipes"):
+        if folder.is_dir():
+            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    raise FileNotFoundError("the package was installed without its recipes")
+
+
+def load_recipe(name_or_file: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a file or the name of a shipped one, with `section.field=value` overrides; None: the defaults.
+
+    Raises:
+        UserError: no such recipe, an unknown field (with a suggestion), a value out of its range.
+    """
+    if name_or_file is None:
+        return load_config(Recipe, None, overrides)
+    file = Path(name_or_file)
+    if not file.is_file():
+        known = shipped_recipes()
+        if str(name_or_file) not in known:
+            raise UserError(f"no recipe {name_or_file}: give a YAML file or one of {', '.join(known)}")
+        file = known[str(name_or_file)]
+    return load_config(Recipe, file, overrides)
+
+
+def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, progress: bool = True) -> Trainer:
+    """Everything that `recipe` describes, ready to `train()`; writes the resolved recipe to `out`.
+
+    Args:
+        resume: None for a new run, "auto" for the newest checkpoint in `out`, or the path of a checkpoint.
+
+    Raises:
+        UserError: whatever the user can mend, before any work is done.
+    """
+    config, run = recipe.training, RunDirectory(out)
+    if recipe.data.source is None:
+        raise UserError("data.source is not set: pass --set data.source=FOLDER")
+    local = processes()
+    micro_batch, accumulation = config.accumulation(local.num_processes)
+    AcceleratorState._reset_state()  # it outlives a run: the next one in this process may want another precision
+    accelerator = Accelerator(
+        mixed_precision=resolve_precision(config, local.device),
+        gradient_accumulation_steps=accumulation,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.path / "tensorboard")),
+    )
+    if accelerator.distributed_type not in SUPPORTED_STRATEGIES:
+        raise UserError(
+            f"{accelerator.distributed_type.value} is not supported: use plain DDP (accelerate's MULTI_GPU)"
+        )
+    checkpoint = run.find_checkpoint(resume)
+
+    vae = make_model(recipe)
+    channels = vae.config.in_channels
+    if vae.config.out_channels != channels:
+        raise UserError(
+            f"the model has {channels} input and {vae.config.out_channels} output channels; they must agree"
+        )
+    resolution = recipe.validation.resolution or recipe.data.resolution
+    for name, size in (("data.resolution", recipe.data.resolution), ("validation.resolution", resolution)):
+        if size % vae.downsample_factor:
+            raise UserError(f"{name} is {size}; the model needs a multiple of {vae.downsample_factor}")
+    images = _open_images(recipe, channels)
+
+    loss = recipe.loss.resolved(config.total_images)
+    objective = Objective.from_config(loss, channels=channels, device=accelerator.device)
+    discriminator = None
+    if loss.has_adversarial:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed + 1)
+            discriminator = PatchDiscriminator(channels, loss.discriminator).to(_dtype(config))
+    resolved = recipe.model_copy(update={"loss": loss})
+    settings = resolved.model_dump(mode="json")
+    accelerator.wait_for_everyone()  # every process has looked at the folder before the first one writes to it
+    if accelerator.is_main_process:
+        run.begin(dump_yaml(resolved))
+
+    share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+
+    def batches(images_seen: int) -> Generator[list[Batch], None, None]:
+        return training_batches(
+            images.training,
+            recipe.data,
+            images.pixels,
+            seed=config.seed,
+            start_image=images_seen,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=micro_batch,
+            indices=images.training_indices,
+            **share,
+        )
+
+    def measure(model: AutoencoderKL) -> ValidationResult:
+        held_out = validation_batches(
+            images.validation,
+            recipe.data,
+            images.pixels,
+            resolution=resolution,
+            batch_size=recipe.validation.batch_size,
+            max_images=recipe.validation.max_images,
+            indices=images.validation_indices,
+            **share,
+        )
+        return validate(
+            model,
+            held_out,
+            images.pixels,
+            device=accelerator.device,
+            perceptual=objective.perceptual,
+            num_pictures=recipe.validation.num_pictures if accelerator.is_main_process else 0,
+        )
+
+    return Trainer(
+        config,
+        accelerator=accelerator,
+        vae=vae,
+        objective=objective,
+        discriminator=discriminator,
+        batches=batches,
+        validate=measure,
+        pixels=images.pixels,
+        unreadable=UnreadableImages(recipe.data.max_unreadable),
+        run=run,
+        settings=settings,
+        fine_tune=recipe.model.start_from is not None,
+        resume=checkpoint,
+        progress=progress,
+    )
+
+
+def make_model(recipe: Recipe) -> AutoencoderKL:
+    """The starting model, or a new one with weights drawn from `training.seed`, in `training.parameter_dtype`.
+
+    Raises:
+        UserError: the starting model cannot be loaded, or fields of a new model are set beside it.
+    """
+    model, dtype = recipe.model, _dtype(recipe.training)
+    if model.start_from is not None:
+        if model.overrides():
+            field = next(iter(model.overrides()))
+            raise UserError(f"model.{field} is set beside model.start_from: a starting model keeps its config")
+        return load_model(
+            model.start_from,
+            subfolder=model.subfolder,
+            revision=model.revision,
+            variant=model.variant,
+            torch_dtype=dtype,
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.training.seed)
+        vae = AutoencoderKL(**model.resolved())
+    return vae.double() if dtype == torch.float64 else vae
+
+
+def resolve_precision(config: TrainingConfig, device: torch.device) -> str:
+    """What `mixed_precision: auto` means on this device; any other value is returned as it is.
+
+    A CPU gets bf16 only where it computes in it (AVX512-BF16, AMX), an old GPU fp16, MPS float32.
+    """
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    if config.parameter_dtype == "float64":
+        return "no"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    return "no"
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The sources of a run; indices None stand for all."""
+
+    pixels: PixelFormat
+    training: ImageSource
+    training_indices: list[int] | None
+    validation: ImageSource
+    validation_indices: list[int] | None
+
+
+def _open_images(recipe: Recipe, channels: int) -> _Images:
+    pixels, policy = recipe.data.pixels(channels), recipe.data.policy
+    training = open_source(recipe.data.source, pixels, policy)
+    if recipe.validation.source is not None:
+        return _Images(pixels, training, None, open_source(recipe.validation.source, pixels, policy), None)
+    if not recipe.validation.fraction:  # nothing is held out: progress is watched on training images
+        return _Images(pixels, training, None, training, None)
+    kept, held_out = split_by_key([entry.key for entry in training.entries()], recipe.validation.fraction)
+    if not kept or not held_out:
+        raise UserError(
+            f"validation.fraction {recipe.validation.fraction} of {len(training)} images leaves {len(kept)} to train "
+            f"on and {len(held_out)} to validate on: give validation.source, another fraction, or 0 to validate on "
+            "training images"
+        )
+    return _Images(pixels, training, kept, training, held_out)
+
+
+def processes() -> PartialState:
+    """Rank, device and number of processes. Only the first call decides: without the flag it would not find gloo."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def _dtype(config: TrainingConfig) -> torch.dtype:
+    return torch.float64 if config.parameter_dtype == "float64" else torch.float32

@@ -1,0 +1,129 @@
+"""One checkpoint: everything that a resumed run needs to give bit for bit what an uninterrupted one gives.
+
+    <images_seen>/model/                           the trained weights, a diffusers folder
+    <images_seen>/ema/                             their average, a diffusers folder (where EMA is on)
+    <images_seen>/discriminator.safetensors        (where there is one)
+    <images_seen>/<network>_optimizer.safetensors  exp_avg and exp_avg_sq by parameter name
+    <images_seen>/state.json                       images_seen, step counts, scaler, optimizer scalars, recipe
+
+Noise, augmentation and the order of the data are keyed by (seed, position), so images_seen is their whole state.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from latentvae.checkpoint import load_model, save_model
+from latentvae.errors import UserError
+from latentvae.files import atomic_folder, write_json
+from latentvae.model.autoencoder import AutoencoderKL
+from latentvae.training.ema import ExponentialMovingAverage
+from latentvae.training.optim import load_optimizer_tensors, optimizer_tensors
+from latentvae.training.run_dir import STATE_FILE
+
+DISCRIMINATOR_FILE = "discriminator.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network with the optimizer that trains it; `optimizer` is the plain torch one."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    vae: AutoencoderKL,
+    ema: ExponentialMovingAverage | None,
+    networks: dict[str, TrainedNetwork],
+    state: dict[str, Any],
+) -> None:
+    """Write the whole checkpoint beside `folder` and rename it into place."""
+    with atomic_folder(folder, overwrite=True) as temporary:
+        save_model(vae, temporary / "model")
+        if ema is not None:
+            with ema.applied():
+                save_model(vae, temporary / "ema")
+        if "discriminator" in networks:
+            weights = networks["discriminator"].module.state_dict()
+            contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(contiguous, temporary / DISCRIMINATOR_FILE)
+        scalars = {}
+        for name, network in networks.items():
+            tensors, scalars[name] = optimizer_tensors(network.optimizer, network.module.named_parameters())
+            save_file(tensors, temporary / f"{name}_optimizer.safetensors")
+        write_json(temporary / STATE_FILE, state | {"optimizers": scalars})
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint says; UserError where it cannot be read."""
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} cannot be resumed from: {error}") from error
+    return state
+
+
+def load_checkpoint(
+    folder: Path, *, networks: dict[str, TrainedNetwork], ema: ExponentialMovingAverage | None
+) -> dict[str, Any]:
+    """Fill discriminator, optimizers and average in place; returns the state that was saved.
+
+    The weights of the autoencoder are read by `load_weights`.
+
+    Raises:
+        UserError: a file is missing or damaged, or was made by a run with other networks.
+    """
+    state = read_state(folder)
+    try:
+        if set(state["optimizers"]) != set(networks):
+            raise UserError(
+                f"{folder} holds {sorted(state['optimizers'])}, this recipe trains {sorted(networks)}: "
+                "resume with the recipe of the run (recipe.yaml beside its checkpoints)"
+            )
+        if "discriminator" in networks:
+            networks["discriminator"].module.load_state_dict(load_file(folder / DISCRIMINATOR_FILE))
+        for name, network in networks.items():
+            tensors = load_file(folder / f"{name}_optimizer.safetensors")
+            named = network.module.named_parameters()
+            load_optimizer_tensors(network.optimizer, named, tensors, state["optimizers"][name])
+        if ema is not None:
+            average = load_model(folder / "ema", torch_dtype=next(networks["autoencoder"].module.parameters()).dtype)
+            ema.load_state_dict(dict(average.named_parameters()), state["ema_updates"])
+    except UserError:
+        raise
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{folder} cannot be resumed from: {str(error).splitlines()[0]}") from error
+    return state
+
+
+def load_weights(folder: Path, vae: AutoencoderKL) -> None:
+    """Copy the weights and the measured scaling of a model folder into `vae`, exactly.
+
+    Raises:
+        UserError: the folder is not a model, or one of another architecture.
+    """
+    dtype = next(vae.parameters()).dtype
+    saved = load_model(folder, torch_dtype=dtype)
+    try:
+        vae.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"{folder} is a model of another architecture than the recipe's: {error}") from error
+    vae.register_to_config(
+        scaling_factor=saved.config.scaling_factor,
+        shift_factor=saved.config.shift_factor,
+        latents_mean=saved.config.latents_mean,
+        latents_std=saved.config.latents_std,
+    )

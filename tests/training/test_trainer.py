@@ -1,0 +1,183 @@
+"""Whole tiny runs: what is updated, what stays, how a run stops and goes on."""
+
+import json
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from latentvae.errors import UserError
+from latentvae.losses.objective import Objective
+from latentvae.recipe import build, load_recipe
+from latentvae.training.update import NonFiniteLoss
+from tests.training.recipes import tiny_recipe
+
+
+def tensors_below(folder):
+    """Every tensor of a checkpoint by file and name."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)}:{name}": t for file in files for name, t in load_file(file).items()}
+
+
+def assert_bit_identical(a, b):
+    assert a and a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:3]}"
+
+
+def test_a_run_leaves_a_diffusers_folder_with_measured_scaling(photographs, tmp_path):
+    recipe = tiny_recipe(photographs, "training.trackers=[tensorboard]")
+    result = build(recipe, tmp_path / "run", progress=False).train()
+    assert (result.reason, result.images_seen) == ("finished", 32)
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents*"))
+    vae = diffusers.AutoencoderKL.from_pretrained(result.model_folder)
+    metrics = json.loads((result.model_folder / "metrics.json").read_text())
+    assert metrics["images_seen"] == 32 and metrics["psnr"] == result.metrics["psnr"]
+    assert vae.config.scaling_factor != 1.0 and vae.config.shift_factor is None
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [row["validation_latent_std"] for row in rows if "validation_latent_std" in row][-1]
+    assert vae.config.scaling_factor == pytest.approx(1 / measured, rel=1e-5)
+    assert (tmp_path / "run" / "samples" / "000000032.png").is_file()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_stop_and_resume_is_bit_identical_to_going_on(photographs, tmp_path, precision):
+    settings = [f"training.mixed_precision={precision}", "training.save_every_images=16"]
+    recipe = tiny_recipe(photographs, *settings, "training.keep_checkpoints=5")
+    straight = build(recipe, tmp_path / "straight", progress=False).train()
+    first = build(
+        tiny_recipe(photographs, *settings, "training.total_images=16", "loss.discriminator_start=8"),
+        tmp_path / "resumed",
+        progress=False,
+    ).train()
+    assert first.images_seen == 16
+    second = build(recipe, tmp_path / "resumed", resume="auto", progress=False).train()
+    assert_bit_identical(tensors_below(straight.checkpoint), tensors_below(second.checkpoint))
+    assert_bit_identical(tensors_below(straight.model_folder), tensors_below(second.model_folder))
+    assert straight.metrics == second.metrics
+    states = [json.loads((result.checkpoint / "state.json").read_text()) for result in (straight, second)]
+    assert states[0]["optimizers"] == states[1]["optimizers"]
+
+
+def test_worker_processes_change_nothing(photographs, tmp_path):
+    results = [
+        build(tiny_recipe(photographs, f"data.num_workers={n}"), tmp_path / str(n), progress=False).train()
+        for n in (0, 2)
+    ]
+    assert_bit_identical(*(tensors_below(result.checkpoint) for result in results))
+
+
+def test_every_parameter_is_updated(photographs, tmp_path):
+    # A fast critic: while every logit is inside the hinge's margin, the gradient of its last bias is exactly 0.
+    settings = "training.discriminator_learning_rate=0.1"
+    trainer = build(tiny_recipe(photographs, settings), tmp_path / "run", progress=False)
+    before = {n: p.detach().clone() for net in trainer.networks.values() for n, p in net.module.named_parameters()}
+    trainer.train()
+    after = {n: p for net in trainer.networks.values() for n, p in net.module.named_parameters()}
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_a_frozen_encoder_stays_bit_identical_and_a_fine_tune_keeps_its_scaling(photographs, tmp_path):
+    start = build(tiny_recipe(photographs), tmp_path / "start", progress=False).train().model_folder
+    overrides = [
+        f"model.start_from={start}",
+        f"data.source={photographs}",
+        "data.resolution=16",
+        "data.num_workers=0",
+        "loss.perceptual=none",
+        "training.total_images=16",
+        "training.global_batch_size=4",
+        "training.trackers=[]",
+        "training.trainable=decoder",
+        "training.mixed_precision=no",
+        "validation.fraction=0.25",
+    ]
+    result = build(load_recipe(None, overrides), tmp_path / "tuned", progress=False).train()
+    old, new = (
+        diffusers.AutoencoderKL.from_pretrained(start),
+        diffusers.AutoencoderKL.from_pretrained(result.model_folder),
+    )
+    assert new.config.scaling_factor == old.config.scaling_factor
+    frozen = {n: torch.equal(p, new.get_parameter(n)) for n, p in old.named_parameters()}
+    for name, equal in frozen.items():
+        assert equal == name.startswith(("encoder.", "quant_conv.")), name
+
+
+def test_accumulation_equals_one_large_batch(photographs, tmp_path):
+    settings = ["training.parameter_dtype=float64", "loss.adversarial_balance=constant", "loss.adversarial_weight=0.1"]
+    models = [
+        build(tiny_recipe(photographs, *settings, f"training.micro_batch_size={n}"), tmp_path / str(n), progress=False)
+        .train()
+        .checkpoint
+        for n in (4, 1)
+    ]
+    a, b = (tensors_below(model / "model") for model in models)
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-9
+
+
+@pytest.mark.parametrize("term", ["reconstruction", "discriminator"])
+def test_a_planted_nan_stops_before_the_update_and_names_the_term(photographs, tmp_path, monkeypatch, term):
+    trainer = build(tiny_recipe(photographs, "training.save_every_images=4"), tmp_path / "run", progress=False)
+    method = "generator" if term == "reconstruction" else "discriminator"
+    original, calls = getattr(Objective, method), []
+
+    def poisoned(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        calls.append(term)
+        if len(calls) == 5:
+            result.loss.data.fill_(math.nan)
+            result.terms[term][1] = math.nan
+        return result
+
+    monkeypatch.setattr(Objective, method, poisoned)
+    with pytest.raises(NonFiniteLoss, match=rf"{term} of class_\d/image_\d\d"):
+        trainer.train()
+    newest = trainer.run.all_checkpoints()[-1]
+    saved = load_file(newest / "model" / "diffusion_pytorch_model.safetensors")
+    for name, parameter in trainer.vae.named_parameters():
+        assert torch.equal(saved[name], parameter), name
+
+
+def test_sixteen_bit_grayscale_never_becomes_rgb(tmp_path):
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for index in range(8):
+        Image.fromarray(generator.integers(0, 65536, (24, 24)).astype(np.uint16)).save(folder / f"{index}.png")
+    settings = ["model.in_channels=1", "model.out_channels=1", "data.dtype=uint16", "validation.fraction=0.5"]
+    result = build(tiny_recipe(folder, *settings), tmp_path / "run", progress=False).train()
+    assert diffusers.AutoencoderKL.from_pretrained(result.model_folder).config.in_channels == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.resolution=17", "data.resolution is 17; the model needs a multiple of 2"),
+        ("data.source=nowhere", "nowhere"),
+        ("model.out_channels=1", "must agree"),
+        ("training.global_batch_size=4096", None),
+    ],
+)
+def test_bad_input_is_told_before_any_work(photographs, tmp_path, setting, message):
+    if message is None:
+        assert tiny_recipe(photographs, setting).training.accumulation(1) == (2, 2048)
+        return
+    with pytest.raises(UserError, match=message):
+        build(tiny_recipe(photographs, setting), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_a_run_is_never_overwritten_and_a_missing_checkpoint_is_an_error(photographs, tmp_path):
+    recipe = tiny_recipe(photographs, "training.total_images=4")
+    build(recipe, tmp_path / "run", progress=False).train()
+    with pytest.raises(UserError, match="--resume auto"):
+        build(recipe, tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        build(recipe, tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / "5", progress=False)
+    with pytest.raises(UserError, match="another model"):
+        other = tiny_recipe(photographs, "model.latent_channels=8", "training.total_images=4")
+        build(other, tmp_path / "run", resume="auto", progress=False)
