@@ -1,0 +1,185 @@
+"""The latent store on disk: its names, its manifest, and the atomic commit and reading of one shard.
+
+    store/
+      manifest.json                       what the store is (Manifest)
+      plan/plan-0000.parquet              which image is in which unit (plan.py)
+      shards/256x256/u000123.safetensors  latents of one unit, raw: mean, logvar (N, C, h, w), or mean, or sample
+      shards/256x256/u000123.parquet      one row per input of the unit, errors included (INDEX)
+      shards/256x256/u000123.json         commit record, written last (CommitRecord)
+
+A unit is done when its commit record is there and carries the store's fingerprint. Nothing here holds a time or a
+process number, so equal work gives equal bytes.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentvae.errors import UserError
+from latentvae.files import atomic_file, canonical_json, sha256_file, write_json
+from latentvae.latents.records import (
+    INDEX,
+    SCHEMA,
+    CommitRecord,
+    Counts,
+    FileRecord,
+    IndexRow,
+    Manifest,
+    channel_sums,
+)
+
+HEADER = "latentvae"  # the one metadata entry of a shard: with several, their order in the file would be random
+
+
+class LatentStore:
+    """Paths and single-file operations of one store folder; it need not exist yet."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest_path = self.folder / "manifest.json"
+        self.plan_folder = self.folder / "plan"
+        self.shards = self.folder / "shards"
+        self.lock_path = self.folder / "encode.lock"
+
+    def paths(self, bucket: str, unit: int) -> tuple[Path, Path, Path]:
+        """Latents, index and commit record of a unit."""
+        stem = self.shards / bucket / f"u{unit:06d}"
+        return stem.with_suffix(".safetensors"), stem.with_suffix(".parquet"), stem.with_suffix(".json")
+
+    def read_manifest(self) -> Manifest:
+        """Raises UserError where this is no store, or one of a schema that this version does not read."""
+        try:
+            values = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.folder} is not a latent store: it has no manifest.json") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.manifest_path}: {error}") from error
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if version != SCHEMA:
+            raise UserError(f"{self.manifest_path} has schema {version}; this version of latentvae reads {SCHEMA}")
+        try:
+            manifest = Manifest.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{self.manifest_path} is damaged: {_first_problem(error)}") from error
+        return manifest
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Atomically."""
+        write_json(self.manifest_path, manifest.model_dump())
+
+    def read_record(self, bucket: str, unit: int) -> CommitRecord | None:
+        """None where the unit is not committed; UserError where the record is not readable."""
+        path = self.paths(bucket, unit)[2]
+        try:
+            return CommitRecord.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise UserError(f"commit record {path} is damaged: {_first_problem(error)}") from error
+
+    def committed_units(self, bucket: str) -> list[int]:
+        """Units of a bucket that have a commit record, ascending."""
+        names = (re.fullmatch(r"u(\d{6,})\.json", path.name) for path in (self.shards / bucket).glob("u*.json"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def commit(
+        self,
+        bucket: str,
+        unit: int,
+        tensors: Mapping[str, Tensor],
+        rows: Sequence[IndexRow],
+        fields: Mapping[str, Any],
+        fingerprint: str,
+        environment: Mapping[str, Any],
+    ) -> CommitRecord:
+        """Write latents (N, C, h, w), then the index, then the record; each file is whole or absent.
+
+        Raises OSError where the disk does not take it (full, read-only); the unit is then not committed.
+        """
+        data, index, record_path = self.paths(bucket, unit)
+        header = canonical_json({"schema_version": SCHEMA, "fingerprint": fingerprint, "unit": unit}).decode()
+        files = {}
+        with atomic_file(data) as temporary:
+            try:
+                save_file(dict(tensors), temporary, metadata={HEADER: header})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            shutil.copymode(self.manifest_path, temporary)  # safetensors writes files that only their owner can read
+            files[data.name] = _file_record(temporary)
+        with atomic_file(index) as temporary:
+            pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=INDEX), temporary)
+            files[index.name] = _file_record(temporary)
+        record = CommitRecord(
+            unit=unit,
+            bucket=bucket,
+            fingerprint=fingerprint,
+            fields=dict(fields),
+            files=files,
+            counts=Counts.of(rows),
+            channels=channel_sums(tensors),
+            environment=dict(environment),
+        )
+        write_json(record_path, record.model_dump())
+        return record
+
+
+def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """The index of one unit; UserError where the file is damaged or of another schema."""
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read the index {path}: {' '.join(str(error).split())}") from error
+    if columns is None and not table.schema.equals(INDEX):
+        raise UserError(f"the index {path} does not have the columns of schema {SCHEMA}")
+    return table
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The latents of one unit, memory-mapped: reading a row touches that row only."""
+
+    tensors: dict[str, Tensor]  # (N, C, h, w) in the stored dtype
+    fingerprint: str
+    unit: int
+
+
+def open_shard(path: Path) -> Shard:
+    """Map a shard; UserError where it is absent, damaged, or not ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Shard(tensors, header["fingerprint"], header["unit"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"cannot read the shard {path}: {type(error).__name__} {error}") from error
+
+
+def _file_record(path: Path) -> FileRecord:
+    return FileRecord(sha256=sha256_file(path), num_bytes=path.stat().st_size)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+
+
+def content_hash(source: Path | np.ndarray) -> str:
+    """The source hash of an index row: of a file's bytes, or of decoded pixels where there is no file."""
+    if isinstance(source, Path):
+        return f"sha256:{sha256_file(source)}"
+    digest = hashlib.sha256(f"{source.dtype.str}{source.shape}".encode())
+    digest.update(np.ascontiguousarray(source).tobytes())
+    return f"pixels-sha256:{digest.hexdigest()}"
