@@ -1,0 +1,133 @@
+"""What a path is: a model folder, a weight file, a run, a checkpoint or a latent store, told in a few lines."""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+from latentvae.errors import UserError
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors header => ours
+_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+def describe_path(path: str | Path) -> dict[str, str]:
+    """Name of a property => its value, in the order to be shown.
+
+    Raises:
+        UserError: there is nothing at `path`, or nothing that latentvae knows.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is nothing at {path}")
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path} is not a .safetensors file: give one, or the folder of a model, run or store")
+        return {"what": "weight file", **_weights([path])}
+    if (path / "manifest.json").is_file():
+        return _store(path)
+    if (path / "state.json").is_file():
+        return {"what": "training checkpoint", "images seen": str(_json(path / "state.json").get("images_seen"))}
+    if (path / "recipe.yaml").is_file():
+        return _run(path)
+    if (path / "config.json").is_file():
+        return _model(path)
+    raise UserError(
+        f"{path} is no model (config.json), run (recipe.yaml), checkpoint (state.json) or latent store (manifest.json)"
+    )
+
+
+def _model(folder: Path) -> dict[str, str]:
+    config = _json(folder / "config.json")
+    rows = {"what": f"model folder, {config.get('_class_name', 'class not named')}"}
+    files = sorted(folder.glob("*.safetensors"))
+    rows |= _weights(files) if files else {"parameters": "no .safetensors file in it"}
+    if "block_out_channels" in config:
+        rows["downsample factor"] = str(2 ** (len(config["block_out_channels"]) - 1))
+        rows["widths"] = str(config["block_out_channels"])
+    for key in ("in_channels", "latent_channels"):
+        if key in config:
+            rows[key.replace("_", " ")] = str(config[key])
+    rows |= {key: str(config[key]) for key in _SCALING if config.get(key) is not None}
+    return rows
+
+
+def _weights(files: list[Path]) -> dict[str, str]:
+    """Parameters and their types, from the headers alone; shards and variants of one tensor count once."""
+    sizes: dict[str, int] = {}
+    dtypes: set[str] = set()
+    for file in files:
+        for name, entry in _header(file).items():
+            if name != "__metadata__":
+                sizes[name] = math.prod(entry["shape"])
+                dtypes.add(_DTYPES.get(entry["dtype"], entry["dtype"]))
+    num_bytes = sum(file.stat().st_size for file in files)
+    return {
+        "parameters": f"{sum(sizes.values()):,} in {len(sizes)} tensors, {', '.join(sorted(dtypes))}",
+        "bytes": f"{num_bytes:,} in {len(files)} file{'s' if len(files) > 1 else ''}",
+    }
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The JSON at the head of a safetensors file: 8 bytes of length (little-endian), then that many bytes."""
+    try:
+        with open(file, "rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > file.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            header: dict[str, Any] = json.loads(opened.read(length))
+            return header
+    except (OSError, ValueError, struct.error) as error:
+        raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def _run(folder: Path) -> dict[str, str]:
+    from latentvae.training.run_dir import RunDirectory
+
+    run = RunDirectory(folder)
+    checkpoints = run.all_checkpoints()
+    rows = {
+        "what": "training run, " + ("finished" if (run.model / "config.json").is_file() else "not finished"),
+        "recipe": str(run.recipe),
+        "newest checkpoint": str(checkpoints[-1]) if checkpoints else "none",
+    }
+    measured: dict[str, Any] = {}
+    if run.metrics.exists():
+        for line in run.metrics.read_text(encoding="utf-8").splitlines():
+            measured |= json.loads(line)  # later values replace earlier ones
+    rows |= {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in measured.items()}
+    if (run.model / "config.json").is_file():
+        rows["model"] = str(run.model)
+    return rows
+
+
+def _store(folder: Path) -> dict[str, str]:
+    from latentvae.latents.store import LatentStore
+
+    manifest = LatentStore(folder).read_manifest()
+    totals = manifest.totals
+    return {
+        "what": "latent store, " + ("complete" if manifest.complete else "not complete: run the same encode again"),
+        "images": f"{totals.inputs}: {totals.ok} ok, {totals.error} errors, {totals.skipped} skipped"
+        if totals
+        else "?",
+        "source": manifest.source,
+        "vae": manifest.vae.name or manifest.vae.encoder,
+        "kept": f"{manifest.store} in {manifest.dtype}, {manifest.latent_channels} channels",
+        "sizes": ", ".join(
+            f"{bucket.width}x{bucket.height} pixels => {bucket.latent_width}x{bucket.latent_height}"
+            for bucket in manifest.buckets
+        ),
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} does not hold a JSON object")
+    return values

@@ -1,0 +1,237 @@
+"""The command line: fast help, one-line errors with exit code 2, and the commands that need no training."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from latentvae import cli
+from latentvae.errors import UserError
+
+COMMANDS = ["decode", "demo", "encode", "export", "info", "recipes", "train", "verify"]
+
+
+def run(*arguments: str) -> int:
+    """The exit code of one command, in this process."""
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+@pytest.fixture
+def fails(capsys):
+    """A function that runs a command which must fail as a user's mistake; returns its one line."""
+
+    def _fails(*arguments: str) -> str:
+        assert run(*arguments) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len([line for line in lines if line.startswith("error: ")]) == 1, lines
+        assert lines[-1].startswith("error: ")
+        return lines[-1].removeprefix("error: ")
+
+    return _fails
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from latentvae.checkpoint import save_model
+    from latentvae.model.autoencoder import AutoencoderKL
+
+    torch.manual_seed(0)
+    return save_model(AutoencoderKL.from_preset("f8c4-tiny"), tmp_path_factory.mktemp("cli") / "model")
+
+
+def test_help_answers_at_once():
+    def seconds() -> float:
+        began = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, "-m", "latentvae", "--help"], capture_output=True, text=True, check=True
+        )
+        assert all(re.search(rf"^  {command} ", result.stdout, re.MULTILINE) for command in COMMANDS)
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_commands_are_those_that_work():
+    assert sorted(typer.main.get_command(cli.app).commands) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_explains_itself(command, capsys):
+    assert run(command, "--help") == 0
+    assert capsys.readouterr().out
+    for parameter in typer.main.get_command(cli.app).commands[command].params:
+        assert parameter.help, f"{command} {parameter.name} has no help"
+
+
+def test_defaults_told_by_encode_are_those_of_the_config():
+    from latentvae.latents.encode import EncodeConfig
+
+    told = {}
+    for parameter in typer.main.get_command(cli.app).commands["encode"].params:
+        match = re.search(r"\[default: (\w+)\]", parameter.help or "")
+        if match and parameter.name in EncodeConfig.model_fields:
+            told[parameter.name] = match[1]
+    assert set(told) >= {"resolution", "batch_size", "unit_images", "store", "dtype", "precision", "small"}
+    assert told == {name: str(EncodeConfig.model_fields[name].default) for name in told}
+
+
+def test_a_user_error_is_one_line_and_exit_2(monkeypatch, fails):
+    def broken(*_, **__):
+        raise UserError("first\nsecond")
+
+    monkeypatch.setattr("latentvae.info.describe_path", broken)
+    assert fails("info", "somewhere") == "first second"
+
+
+def test_a_bug_keeps_its_traceback_and_exits_1():
+    code = "import latentvae.info, latentvae.cli; latentvae.info.describe_path = lambda p: 1 / 0; latentvae.cli.main()"
+    result = subprocess.run([sys.executable, "-c", code, "info", "x"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "ZeroDivisionError" in result.stderr
+
+
+def test_unknown_commands_and_options_exit_2(capsys):
+    assert run("trane") == 2
+    assert run("train", "--recipes", "x") == 2
+    assert "--recipe" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("latentvae 0.")
+
+
+# --- mistakes that the user can mend ---------------------------------------------------------------------------------
+
+
+def test_unknown_recipe_key_has_a_suggestion(fails):
+    text = fails("train", "--recipe", "smoke_cpu", "--set", "training.learning_rat=1", "--dry-run")
+    assert "unknown key training.learning_rat; did you mean training.learning_rate?" in text
+
+
+def test_unknown_recipe(fails):
+    assert "smoke_cpu" in fails("train", "--recipe", "smoke", "--dry-run")
+    assert "smoke_cpu" in fails("recipes", "smoke")
+
+
+def test_folder_without_images(fails, tmp_path, model_folder):
+    (tmp_path / "empty").mkdir()
+    source = f"data.source={tmp_path / 'empty'}"
+    assert str(tmp_path / "empty") in fails(
+        "train", "--recipe", "smoke_cpu", "--set", source, "--out", tmp_path / "run"
+    )
+    assert str(tmp_path / "empty") in fails(
+        "encode", tmp_path / "empty", "--vae", model_folder, "--out", tmp_path / "s"
+    )
+    absent = tmp_path / "absent"
+    assert str(absent) in fails("encode", absent, "--vae", model_folder, "--out", tmp_path / "t")
+
+
+def test_size_that_is_no_multiple(fails, tmp_path, photographs, model_folder):
+    assert "multiple of 8" in fails(
+        "encode", photographs, "--vae", model_folder, "--out", tmp_path / "store", "--resolution", "60"
+    )
+    options = ("--set", f"data.source={photographs}", "--set", "data.resolution=60", "--out", tmp_path / "run")
+    assert "multiple of 8" in fails("train", "--recipe", "smoke_cpu", *options)
+
+
+def test_missing_model_or_checkpoint(fails, tmp_path, photographs):
+    absent = tmp_path / "absent"
+    assert str(absent) in fails("encode", photographs, "--vae", absent, "--out", tmp_path / "store")
+    assert str(absent) in fails("export", absent, "--out", tmp_path / "exported")
+    options = ("--set", f"data.source={photographs}", "--out", tmp_path / "run", "--resume", absent)
+    assert str(absent) in fails("train", "--recipe", "smoke_cpu", *options)
+
+
+def test_unwritable_output(fails, tmp_path, photographs, model_folder):
+    blocked = tmp_path / "file"
+    blocked.write_text("a file, where a folder is wanted")
+    out = blocked / "out"
+    sources = ("--set", f"data.source={photographs}", "--set", f"validation.source={photographs}")
+    assert str(blocked) in fails("encode", photographs, "--vae", model_folder, "--out", out)
+    assert str(blocked) in fails("train", "--recipe", "smoke_cpu", *sources, "--out", out)
+    assert str(blocked) in fails("export", model_folder, "--out", out)
+
+
+def test_not_a_store(fails, tmp_path):
+    for arguments in (("verify", tmp_path), ("decode", tmp_path, "--out", tmp_path / "out")):
+        assert str(tmp_path) in fails(*arguments)
+
+
+def test_one_process_only_where_it_is_so(fails, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in fails("encode", tmp_path, "--vae", "x", "--out", tmp_path / "store")
+
+
+# --- commands that work ----------------------------------------------------------------------------------------------
+
+
+def test_recipes_lists_shows_and_copies(capsys, tmp_path, fails):
+    assert run("recipes") == 0
+    assert "smoke_cpu" in capsys.readouterr().out
+    assert run("recipes", "smoke_cpu") == 0
+    text = capsys.readouterr().out
+    assert run("recipes", "smoke_cpu", "--copy", tmp_path / "mine.yaml") == 0
+    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == text
+    capsys.readouterr()
+    assert "exists already" in fails("recipes", "smoke_cpu", "--copy", tmp_path / "mine.yaml")
+    assert "name of a recipe" in fails("recipes", "--copy", tmp_path / "other.yaml")
+
+
+def test_dry_run_does_nothing_but_tell(capsys, tmp_path, photographs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run("train", "--recipe", "smoke_cpu", "--set", f"data.source={photographs}", "--dry-run") == 0
+    assert "learning_rate" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_encode_verify_info_decode_export(capsys, tmp_path, photographs, model_folder):
+    store, decoded, exported = tmp_path / "store", tmp_path / "decoded", tmp_path / "exported"
+    options = ("--resolution", "64", "--num-workers", "0", "--batch-size", "4", "--device", "cpu")
+    assert run("encode", photographs, "--vae", model_folder, "--out", store, *options) == 0
+    assert "12 of 12 images" in capsys.readouterr().out
+    assert run("verify", store) == 0
+    assert run("decode", store, "--out", decoded, "--limit", "3") == 0
+    assert len(list(decoded.rglob("*.png"))) == 3
+    assert run("export", model_folder, "--out", exported, "--dtype", "fp16") == 0
+    capsys.readouterr()
+    assert run("info", store) == 0
+    told = capsys.readouterr().out
+    assert "latent store, complete" in told
+    assert "12 ok" in told
+    assert run("info", exported) == 0
+    told = capsys.readouterr().out
+    assert "AutoencoderKL" in told
+    assert "float16" in told
+    assert re.search(r"downsample factor +8\n", told)
+
+
+def test_info_counts_parameters(capsys, model_folder, fails, tmp_path):
+    from latentvae.checkpoint import load_model
+
+    count = sum(parameter.numel() for parameter in load_model(model_folder).parameters())
+    assert run("info", model_folder) == 0
+    assert f"{count:,} in" in capsys.readouterr().out
+    (file,) = Path(model_folder).glob("*.safetensors")
+    assert run("info", file) == 0
+    assert f"{count:,} in" in capsys.readouterr().out
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"\xff" * 64)
+    assert "not a readable safetensors file" in fails("info", broken)
+    assert "nothing at" in fails("info", tmp_path / "absent")
+    (tmp_path / "folder").mkdir()
+    assert "is no model" in fails("info", tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text(json.dumps([1]))
+    assert "JSON object" in fails("info", tmp_path / "folder")
