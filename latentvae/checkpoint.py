@@ -16,12 +16,13 @@ from torch import Tensor
 
 from latentvae.errors import UserError
 from latentvae.files import atomic_folder, canonical_json
-from latentvae.model.autoencoder import CONFIG_FIELDS, PICKLE_SUFFIXES, AutoencoderKL
+from latentvae.model.autoencoder import CONFIG_FIELDS, AutoencoderKL
 from latentvae.model.scaling import LatentScaling
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 # The config.json fields that, with the weights, decide what each half computes.
@@ -58,15 +59,41 @@ def save_model(
     UserError if the folder exists (without `overwrite`), cannot be written, or the model carries an adapter.
     """
     folder = Path(folder)
+    with model_folder(vae, folder, overwrite=overwrite) as temporary:
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
+    return folder
+
+
+@contextmanager
+def model_folder(vae: AutoencoderKL, folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that holds the model, to be added to; on success it becomes `folder`.
+
+    UserError as `save_model` says; on any error `folder` stays as it was.
+    """
     check_no_adapter(vae)
+    check_replaceable(folder, overwrite)
     try:
         with atomic_folder(folder, overwrite=overwrite) as temporary:
             vae.save_pretrained(temporary)
-            for name, text in (files or {}).items():
-                (temporary / name).write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from error
-    return folder
+            yield temporary
+    except (OSError, SafetensorError) as error:  # the second where the disk is full
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write the model to {folder}: {reason}") from error
+
+
+def check_replaceable(folder: Path, overwrite: bool) -> None:
+    """Raise a UserError if `folder` exists and is not to be overwritten, or is something else than a model."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{folder} exists already: choose another folder or allow overwriting")
+    is_model = folder.is_dir() and ((folder / CONFIG_FILE).is_file() or not any(folder.iterdir()))
+    if folder.is_symlink() or not is_model:
+        raise UserError(
+            f"{folder} is neither a model folder nor an empty one (a file, a link, or without {CONFIG_FILE}), "
+            "so it is not overwritten: choose another"
+        )
 
 
 def check_no_adapter(vae: AutoencoderKL) -> None:
@@ -94,8 +121,14 @@ def load_model(
     UserError in one line for whatever the user can mend: nothing there, a pickle, another class, misfits.
     """
     path = Path(source).expanduser()
-    options = {"subfolder": subfolder, "revision": revision, "variant": variant, "torch_dtype": torch_dtype}
+    options: dict[str, Any] = {
+        "subfolder": subfolder,
+        "revision": revision,
+        "variant": variant,
+        "torch_dtype": torch_dtype,
+    }
     options = {key: value for key, value in options.items() if value is not None}
+    options["disable_mmap"] = True  # Windows neither replaces nor deletes a file while it is mapped
     if path.is_dir():
         if revision is not None:
             raise UserError(f"{path} is a folder: a revision is for hub ids only")
@@ -138,6 +171,8 @@ def _from_pretrained(source: str | Path, options: Mapping[str, Any]) -> Autoenco
     try:
         with _quiet_diffusers():
             config = AutoencoderKL.load_config(source, **where)
+            if not isinstance(config, dict):
+                raise UserError(f"{source} has a {CONFIG_FILE} that holds no fields")
             class_name = config.get("_class_name", "AutoencoderKL")
             if class_name != "AutoencoderKL":
                 raise UserError(f"{source} is a model of class {class_name}: only AutoencoderKL is supported")
@@ -190,10 +225,10 @@ def _from_single_file(path: Path, options: Mapping[str, Any]) -> AutoencoderKL:
 def _hub_is_reachable() -> bool:
     """Whether the hub answers at all: one quick try, where downloads retry for half a minute."""
     try:
-        get_session().head(constants.ENDPOINT, timeout=5)
+        # A proxy in between answers for a hub that it cannot reach.
+        return bool(get_session().head(constants.ENDPOINT, timeout=3).status_code < 500)
     except Exception:  # the hub's library has changed its HTTP client, and with it the errors, more than once
         return False
-    return True
 
 
 @contextmanager

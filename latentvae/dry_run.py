@@ -8,7 +8,7 @@ from torch import nn
 from latentvae.config import dump_yaml
 from latentvae.losses.discriminator import PatchDiscriminator
 from latentvae.losses.terms import LossWeights, to_ldm_units
-from latentvae.recipe import Recipe, make_model, processes, resolve_precision
+from latentvae.recipe import Recipe, check, make_model, processes, resolve_precision
 
 
 def describe(recipe: Recipe) -> str:
@@ -16,6 +16,7 @@ def describe(recipe: Recipe) -> str:
     config = recipe.training
     with torch.device("meta") if recipe.model.start_from is None else nullcontext():
         vae = make_model(recipe)
+    check(recipe, vae)
     loss = recipe.loss.resolved(config.total_images)
     sizes = {"encoder": _count(vae.encoder), "decoder": _count(vae.decoder)}
     with torch.device("meta"):
@@ -26,9 +27,12 @@ def describe(recipe: Recipe) -> str:
     micro_batch, accumulation = config.accumulation(local.num_processes)
     width = 8 if config.parameter_dtype == "float64" else 4
     total = _count(vae) + sizes.get("discriminator", 0)
+    frozen = 0
+    if config.trainable == "decoder":
+        frozen = sizes["encoder"] + (_count(vae.quant_conv) if vae.quant_conv is not None else 0)
     average = _count(vae) if config.ema_decay else 0
-    state = width * (4 * total + average)  # weights, gradients and AdamW's two moments; the average
-    checkpoint = width * (3 * total + average)
+    state = width * (total + 3 * (total - frozen) + average)  # weights, gradients and AdamW's two moments; the average
+    checkpoint = width * (total + 2 * (total - frozen) + average)
     factor, latents = vae.downsample_factor, vae.config.latent_channels
     side = recipe.data.resolution / factor
     ratio = recipe.data.resolution**2 * vae.config.in_channels / (side**2 * latents)

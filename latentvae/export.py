@@ -1,6 +1,5 @@
 """Ship a model: a diffusers folder in the wanted precision, proven by loading it back, with a model card."""
 
-import copy
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,17 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from latentvae.checkpoint import ModelHashes, check_no_adapter, first_line, load_model, model_hashes
+from latentvae.checkpoint import (
+    ModelHashes,
+    check_no_adapter,
+    check_replaceable,
+    first_line,
+    load_model,
+    model_folder,
+    model_hashes,
+)
 from latentvae.errors import UserError
-from latentvae.files import atomic_folder, canonical_json
+from latentvae.files import canonical_json
 from latentvae.images import PixelFormat, to_model
 from latentvae.model.autoencoder import CONFIG_FIELDS, AutoencoderKL
 from latentvae.model.scaling import LatentScaling
@@ -80,49 +87,51 @@ def export_model(
     out = Path(out)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known: use {', '.join(DTYPES)}")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already: choose another folder or allow overwriting")
+    check_replaceable(out, overwrite)
     vae = _private_copy(model)
     _check_values(vae, dtype)
     sample = _sample(vae, images, pixels)
     unrounded = _outputs(vae, sample)
     exported = {"fp32": vae.float, "fp16": vae.half, "bf16": vae.bfloat16}[dtype]()  # diffusers' `.to` warns needlessly
-    try:
-        with atomic_folder(out, overwrite=overwrite) as temporary:
-            exported.save_pretrained(temporary)
-            theirs = _outputs(_loaded_back(temporary, exported), sample)
-            num_bytes = (temporary / WEIGHTS_FILE).stat().st_size
-            hashes = model_hashes(exported)
-            ours = _outputs(exported.float(), sample)
-            report = ExportReport(
-                folder=out,
-                dtype=dtype,
-                num_parameters=sum(parameter.numel() for parameter in exported.parameters()),
-                num_bytes=num_bytes,
-                hashes=hashes,
-                moments_difference=_difference(theirs.moments, ours.moments),
-                reconstruction_difference=_difference(theirs.reconstructions, ours.reconstructions),
-                rounding_difference=_difference(ours.reconstructions, unrounded.reconstructions),
-                checked_on=f"{len(sample)} {'noise' if images is None else 'given'} image(s) of "
-                f"{sample.shape[-1]}x{sample.shape[-2]}",
-            )
-            if not max(report.moments_difference, report.reconstruction_difference) <= TOLERANCE:  # also true of NaN
-                raise ExportError(f"plain diffusers gives other outputs, {TOLERANCE:g} is allowed: {report}")
-            card = model_card(exported, report, metrics)
-            (temporary / "README.md").write_text(card, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"cannot write the model to {out}: {error.strerror or error}") from error
+    with model_folder(exported, out, overwrite=overwrite) as temporary:
+        theirs = _outputs(_loaded_back(temporary, exported), sample)
+        num_bytes = (temporary / WEIGHTS_FILE).stat().st_size
+        hashes = model_hashes(exported)
+        ours = _outputs(exported.float(), sample)
+        report = ExportReport(
+            folder=out,
+            dtype=dtype,
+            num_parameters=sum(parameter.numel() for parameter in exported.parameters()),
+            num_bytes=num_bytes,
+            hashes=hashes,
+            moments_difference=_difference(theirs.moments, ours.moments),
+            reconstruction_difference=_difference(theirs.reconstructions, ours.reconstructions),
+            rounding_difference=_difference(ours.reconstructions, unrounded.reconstructions),
+            checked_on=f"{len(sample)} {'noise' if images is None else 'given'} image(s) of "
+            f"{sample.shape[-1]}x{sample.shape[-2]}",
+        )
+        differences = (report.moments_difference, report.reconstruction_difference)
+        if not all(difference <= TOLERANCE for difference in differences):  # NaN is not either
+            raise ExportError(f"plain diffusers gives other outputs, {TOLERANCE:g} is allowed: {report}")
+        card = model_card(exported, report, metrics)
+        (temporary / "README.md").write_text(card, encoding="utf-8", newline="\n")
     if push_to_hub is not None:
         _upload(out, push_to_hub)
     return report
 
 
 def _private_copy(model: str | Path | AutoencoderKL) -> AutoencoderKL:
-    """The model to export, in float32 on the CPU and eval mode; what was given stays as it is."""
-    if isinstance(model, str | Path):
-        return load_model(model)
-    check_no_adapter(model)
-    return copy.deepcopy(model).cpu().float().eval()
+    """The model to export, in float32 on the CPU and eval mode; what was given stays as it is.
+
+    Built anew: tiling, hooks and casts of the given one, and where it was loaded from, are not part of the model.
+    """
+    given = load_model(model) if isinstance(model, str | Path) else model
+    check_no_adapter(given)
+    with torch.device("meta"):
+        vae = AutoencoderKL(**{name: given.config[name] for name in CONFIG_FIELDS})
+    weights = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in given.state_dict().items()}
+    vae.load_state_dict(weights, assign=True)
+    return vae.eval()
 
 
 def _check_values(vae: AutoencoderKL, dtype: str) -> None:
@@ -171,7 +180,10 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def _loaded_back(folder: Path, exported: AutoencoderKL) -> Any:
     """`folder` as plain diffusers loads it, in float32; ExportError unless configuration and weights are the same."""
-    plain: Any = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=exported.dtype, use_safetensors=True)
+    try:
+        plain: Any = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=exported.dtype, use_safetensors=True)
+    except Exception as error:
+        raise ExportError(f"plain diffusers cannot load what was written: {first_line(error)}") from error
     for name in CONFIG_FIELDS:
         written, meant = (canonical_json(config[name]) for config in (plain.config, exported.config))
         if written != meant:
@@ -207,10 +219,12 @@ def model_card(vae: AutoencoderKL, report: ExportReport, metrics: Mapping[str, f
     config, scaling = vae.config, LatentScaling.from_config(vae.config)
     factor = vae.downsample_factor
     ratio = config.in_channels * factor**2 / config.latent_channels
-    if scaling.mean is None:
+    if scaling.mean is not None:
+        formula = "normalized = (raw - latents_mean) * scaling_factor / latents_std"
+    elif config.shift_factor is not None:
         formula = "normalized = (raw - shift_factor) * scaling_factor"
     else:
-        formula = "normalized = (raw - latents_mean) * scaling_factor / latents_std"
+        formula = "normalized = raw * scaling_factor"
     dtype = str(DTYPES[report.dtype]).removeprefix("torch.")
     rows = {
         "downsampling": f"{factor} x {factor}",

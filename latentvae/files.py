@@ -34,13 +34,17 @@ def _fsync(path: Path) -> None:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write; on success it becomes `path`, on an error it is removed.
 
-    A crash at any instant leaves either the old file or the new one.
+    A crash at any instant leaves either the old file or the new one. Its permissions are those that the umask gives,
+    whatever the writer chose: safetensors makes its files readable by their owner alone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
@@ -52,9 +56,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill; on success it becomes `path`, on an error it is removed.
 
-    With `overwrite` an existing folder is moved aside first and deleted last; without it, it is refused.
+    With `overwrite` an existing folder is moved aside first and deleted last (no system call exchanges two folders
+    everywhere: a crash between the two renames leaves it under its temporary name); without it, it is refused. Files
+    get the permissions of the umask, as in `atomic_file`.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: choose another folder or allow overwriting")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +68,10 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(mode)
             _fsync(file)
         _fsync(temporary)
         old = None
@@ -107,7 +116,7 @@ def check_writable(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = _temporary(folder / "probe")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have swept it
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
     return folder

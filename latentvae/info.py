@@ -43,7 +43,7 @@ def _model(folder: Path) -> dict[str, str]:
     rows = {"what": f"model folder, {config.get('_class_name', 'class not named')}"}
     files = sorted(folder.glob("*.safetensors"))
     rows |= _weights(files) if files else {"parameters": "no .safetensors file in it"}
-    if "block_out_channels" in config:
+    if isinstance(config.get("block_out_channels"), list):
         rows["downsample factor"] = str(2 ** (len(config["block_out_channels"]) - 1))
         rows["widths"] = str(config["block_out_channels"])
     for key in ("in_channels", "latent_channels"):
@@ -58,10 +58,13 @@ def _weights(files: list[Path]) -> dict[str, str]:
     sizes: dict[str, int] = {}
     dtypes: set[str] = set()
     for file in files:
-        for name, entry in _header(file).items():
-            if name != "__metadata__":
-                sizes[name] = math.prod(entry["shape"])
-                dtypes.add(_DTYPES.get(entry["dtype"], entry["dtype"]))
+        try:
+            for name, entry in _header(file).items():
+                if name != "__metadata__":
+                    sizes[name] = math.prod(entry["shape"])
+                    dtypes.add(_DTYPES.get(entry["dtype"], entry["dtype"]))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is not a readable safetensors file: its header names no tensors") from error
     num_bytes = sum(file.stat().st_size for file in files)
     return {
         "parameters": f"{sum(sizes.values()):,} in {len(sizes)} tensors, {', '.join(sorted(dtypes))}",
@@ -78,7 +81,7 @@ def _header(file: Path) -> dict[str, Any]:
                 raise ValueError("the header is longer than the file")
             header: dict[str, Any] = json.loads(opened.read(length))
             return header
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
 
 
@@ -93,9 +96,8 @@ def _run(folder: Path) -> dict[str, str]:
         "newest checkpoint": str(checkpoints[-1]) if checkpoints else "none",
     }
     measured: dict[str, Any] = {}
-    if run.metrics.exists():
-        for line in run.metrics.read_text(encoding="utf-8").splitlines():
-            measured |= json.loads(line)  # later values replace earlier ones
+    for row in run.read_metrics():
+        measured |= row  # later values replace earlier ones
     rows |= {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in measured.items()}
     if (run.model / "config.json").is_file():
         rows["model"] = str(run.model)
@@ -126,7 +128,7 @@ def _store(folder: Path) -> dict[str, str]:
 def _json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} does not hold a JSON object")

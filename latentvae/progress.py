@@ -31,6 +31,7 @@ class ImageProgress:
         self.seconds_between_lines = seconds_between_lines
         self.figures: dict[str, str] = {}
         self._bar: Progress | None = None
+        self._room = 0  # characters for the figures
         self._task: TaskID | None = None
         self._began = self._last_line = time.monotonic()
 
@@ -38,9 +39,12 @@ class ImageProgress:
         self._began = self._last_line = time.monotonic()
         console = Console(stderr=True)
         if self.enabled and console.is_terminal:
+            # rich would cut every column alike: on a narrow terminal the bar goes first, then the figures.
+            is_wide = console.width >= 120
+            self._room = max(0, console.width - 62 - 41 * is_wide)
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(),
+                *([BarColumn()] if is_wide else []),
                 TextColumn("{task.completed}/{task.total} images, {task.fields[rate]:.1f}/s, left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[figures]}"),
@@ -71,7 +75,8 @@ class ImageProgress:
             return
         shown = " ".join(f"{name} {value}" for name, value in self.figures.items())
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=self.total, rate=self.images_per_second, figures=shown)
+            rate, cut = self.images_per_second, shown[: self._room]
+            self._bar.update(self._task, completed=done, total=self.total, rate=rate, figures=cut)
             return
         now = time.monotonic()
         if now - self._last_line >= self.seconds_between_lines:

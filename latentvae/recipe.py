@@ -1,5 +1,6 @@
 """All configuration of a run in one `Recipe`, and `build`: the only place where configuration becomes objects."""
 
+import logging
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,24 +8,29 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
 from pydantic import BaseModel, Field
 
 from latentvae.checkpoint import load_model
 from latentvae.config import dump_yaml, load_config
-from latentvae.data.keyed import split_by_key
+from latentvae.data.keyed import key_hash, split_by_key
 from latentvae.data.pipeline import Batch, DataConfig, UnreadableImages, training_batches, validation_batches
 from latentvae.data.sources import ImageSource, open_source
 from latentvae.errors import UserError
 from latentvae.images import PixelFormat
 from latentvae.losses.discriminator import PatchDiscriminator
 from latentvae.losses.objective import LossConfig, Objective
+from latentvae.losses.perceptual import check_size
 from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.model.presets import ModelConfig
+from latentvae.training.checkpoints import read_state
 from latentvae.training.config import TrainingConfig, ValidationConfig
 from latentvae.training.run_dir import RunDirectory
 from latentvae.training.trainer import Trainer
 from latentvae.training.validation import ValidationResult, validate
+
+logger = logging.getLogger("latentvae")
 
 SUPPORTED_STRATEGIES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -78,10 +84,17 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
         raise UserError("data.source is not set: pass --set data.source=FOLDER")
     local = processes()
     micro_batch, accumulation = config.accumulation(local.num_processes)
+    checkpoint = run.find_checkpoint(resume)
+    if checkpoint is None and resume is not None:
+        logger.info("no checkpoint in %s yet: the run starts at its beginning", run.path)
+    vae = make_model(recipe)
+    check(recipe, vae)
+
     AcceleratorState._reset_state()  # it outlives a run: the next one in this process may want another precision
     accelerator = Accelerator(
         mixed_precision=resolve_precision(config, local.device),
-        gradient_accumulation_steps=accumulation,
+        # A plugin, since a number would give way to what `accelerate config` left in the environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.path / "tensorboard")),
     )
@@ -89,21 +102,11 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
         raise UserError(
             f"{accelerator.distributed_type.value} is not supported: use plain DDP (accelerate's MULTI_GPU)"
         )
-    checkpoint = run.find_checkpoint(resume)
-
-    vae = make_model(recipe)
     channels = vae.config.in_channels
-    if vae.config.out_channels != channels:
-        raise UserError(
-            f"the model has {channels} input and {vae.config.out_channels} output channels; they must agree"
-        )
     resolution = recipe.validation.resolution or recipe.data.resolution
-    for name, size in (("data.resolution", recipe.data.resolution), ("validation.resolution", resolution)):
-        if size % vae.downsample_factor:
-            raise UserError(f"{name} is {size}; the model needs a multiple of {vae.downsample_factor}")
     images = _open_images(recipe, channels)
 
-    loss = recipe.loss.resolved(config.total_images)
+    loss = _resolved_loss(recipe, checkpoint)
     objective = Objective.from_config(loss, channels=channels, device=accelerator.device)
     discriminator = None
     if loss.has_adversarial:
@@ -169,6 +172,39 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
     )
 
 
+def check(recipe: Recipe, vae: AutoencoderKL) -> None:
+    """Raise a UserError where the parts of a recipe do not fit each other; no image is read and nothing is written."""
+    channels = vae.config.in_channels
+    if vae.config.out_channels != channels:
+        raise UserError(
+            f"the model has {channels} input and {vae.config.out_channels} output channels; they must agree"
+        )
+    resolution = recipe.data.resolution
+    for name, size in (("data", resolution), ("validation", recipe.validation.resolution or resolution)):
+        if size % vae.downsample_factor:
+            raise UserError(f"{name}.resolution is {size}; the model needs a multiple of {vae.downsample_factor}")
+        if recipe.loss.has_perceptual and recipe.loss.perceptual != "none":
+            check_size(recipe.loss.perceptual, size)
+    if recipe.loss.has_adversarial:
+        recipe.loss.discriminator.check_size(resolution)
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for tracker in recipe.training.trackers:  # Accelerate would leave one out without a word
+        if tracker not in installed:
+            raise UserError(
+                f"training.trackers has {tracker}; usable here are {', '.join(installed)}: install its package, or "
+                "leave it out"
+            )
+
+
+def _resolved_loss(recipe: Recipe, checkpoint: Path | None) -> LossConfig:
+    """The loss with its starts in images; a continued run keeps those it had, also where it is made longer."""
+    loss = recipe.loss
+    if checkpoint is not None and (loss.discriminator_start, loss.adversarial_start) == (None, None):
+        saved = read_state(checkpoint)["recipe"]["loss"]
+        loss = loss.model_copy(update={name: saved[name] for name in ("discriminator_start", "adversarial_start")})
+    return loss.resolved(recipe.training.total_images)
+
+
 def make_model(recipe: Recipe) -> AutoencoderKL:
     """The starting model, or a new one with weights drawn from `training.seed`, in `training.parameter_dtype`.
 
@@ -198,6 +234,8 @@ def resolve_precision(config: TrainingConfig, device: torch.device) -> str:
 
     A CPU gets bf16 only where it computes in it (AVX512-BF16, AMX), an old GPU fp16, MPS float32.
     """
+    if config.mixed_precision == "fp16" and device.type == "cpu":  # Accelerate would compute in float32 without a word
+        raise UserError("training.mixed_precision is fp16, which a CPU does not train in: give auto, bf16 or no")
     if config.mixed_precision != "auto":
         return config.mixed_precision
     if config.parameter_dtype == "float64":
@@ -227,7 +265,11 @@ def _open_images(recipe: Recipe, channels: int) -> _Images:
         return _Images(pixels, training, None, open_source(recipe.validation.source, pixels, policy), None)
     if not recipe.validation.fraction:  # nothing is held out: progress is watched on training images
         return _Images(pixels, training, None, training, None)
-    kept, held_out = split_by_key([entry.key for entry in training.entries()], recipe.validation.fraction)
+    keys = [entry.key for entry in training.entries()]
+    kept, held_out = split_by_key(keys, recipe.validation.fraction)
+    if not held_out and len(kept) > 1:  # a small set gives one image
+        held_out = [min(kept, key=lambda index: key_hash("split", keys[index]))]
+        kept.remove(held_out[0])
     if not kept or not held_out:
         raise UserError(
             f"validation.fraction {recipe.validation.fraction} of {len(training)} images leaves {len(kept)} to train "

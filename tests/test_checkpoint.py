@@ -1,7 +1,10 @@
 """Model folders: atomic, strict, and recognised by hash; every mistake of the user is one line."""
 
 import json
+import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -44,11 +47,58 @@ def test_round_trip(vae, folder):
     assert load_model(str(folder), torch_dtype=torch.float16).dtype == torch.float16
 
 
+def test_a_loaded_model_keeps_no_file_mapped(folder):
+    """Otherwise Windows could not replace or delete the folder while the model lives."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc/self/maps here")
+    loaded = [load_model(folder), load_model(folder / WEIGHTS)]
+    assert str(folder) not in maps.read_text()
+    for vae in loaded:
+        vae(torch.zeros(1, 3, 8, 8)).sample.sum().backward()
+        torch.optim.SGD(vae.parameters(), lr=0.1).step()  # their own memory, and writable
+
+
 def test_existing_folder_is_kept_unless_overwritten(vae, folder):
     refused("exists already", save_model, vae, folder)
     assert (folder / "README.md").exists()
     save_model(vae, folder, overwrite=True)
     assert not (folder / "README.md").exists() and load_model(folder)
+
+
+def test_only_models_and_empty_folders_are_overwritten(vae, folder, tmp_path):
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    save_model(vae, photographs, overwrite=True)
+    (photographs / "config.json").rename(photographs / "image.json")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("photographs", "file", "link"):
+        refused("not overwritten", save_model, vae, tmp_path / name, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "model", "photographs"]
+    assert (photographs / "image.json").exists()
+
+
+def test_a_group_may_read_what_the_umask_lets_it(vae, tmp_path):
+    modes = set()
+    previous = os.umask(0o027)
+    try:
+        modes = {file.stat().st_mode & 0o777 for file in save_model(vae, tmp_path / "model").iterdir()}
+    finally:
+        os.umask(previous)
+    assert modes == {0o640}
+
+
+def test_a_full_disk_is_one_line(vae, tmp_path):
+    """A limit on the size of files stands in for it: safetensors reports both as its own error, not as an OSError."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        refused("cannot write the model to .*File too large", save_model, vae, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_save_leaves_the_old_folder(vae, folder, monkeypatch):
@@ -123,6 +173,18 @@ def test_damaged_folders(folder, tmp_path):
     config = damaged("config")
     (config / "config.json").write_text("{")
     refused("not a valid JSON", load_model, config)
+    (config / "config.json").write_text("[]")
+    refused("holds no fields", load_model, config)
+    fields = json.loads((folder / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(fields | {"block_out_channels": None}))
+    refused("block_out_channels is None", load_model, config)
+    (config / "config.json").write_text(json.dumps(fields | {"latent_channels": 5}))
+    refused("expected shape", load_model, config)
+    sharded = damaged("sharded")
+    (sharded / WEIGHTS).unlink()
+    load_model(folder).save_pretrained(sharded, max_shard_size="50KB")
+    next(sharded.glob("*-00002-of-*.safetensors")).unlink()
+    refused("00002-of-.* required", load_model, sharded)
     for name, change in {"lacks": lambda w: w.popitem(), "should not": lambda w: w.update(extra=torch.ones(1))}.items():
         other, weights = damaged(name), load_file(folder / WEIGHTS)
         change(weights)
@@ -152,14 +214,19 @@ def test_single_file_without_configuration_offline(folder, tmp_path, monkeypatch
     refused("put the model's config.json beside it", load_model, tmp_path / "alone.safetensors")
 
 
-def test_an_unreachable_hub_is_noticed_quickly(monkeypatch):
+@pytest.mark.parametrize("answer, expected", [(None, False), (503, False), (200, True), (404, True)])
+def test_an_unreachable_hub_is_noticed_quickly(monkeypatch, answer, expected):
+    """503 is a proxy without the hub behind it; a mirror may have no page at its root."""
+
     class Session:
         def head(self, url, timeout):
-            assert timeout <= 10
-            raise TimeoutError
+            assert timeout <= 3
+            if answer is None:
+                raise TimeoutError
+            return SimpleNamespace(status_code=answer)
 
     monkeypatch.setattr(checkpoint, "get_session", Session)
-    assert not checkpoint._hub_is_reachable()
+    assert checkpoint._hub_is_reachable() == expected
 
 
 def test_hashes_do_not_depend_on_storage(vae, tmp_path):
@@ -181,7 +248,7 @@ def test_hashes_change_with_what_they_stand_for(vae):
 
     vae.register_to_config(scaling_factor=0.5)
     assert changed() == [False, False, True]
-    vae.register_to_config(scaling_factor=1.0, sample_size=512, force_upcast=False)
+    vae.register_to_config(scaling_factor=1.0, sample_size=512, force_upcast=False, act_fn="swish")
     assert changed() == [False, False, False]
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] += 1e-3

@@ -107,6 +107,31 @@ def test_unknown_commands_and_options_exit_2(capsys):
     assert "--recipe" in capsys.readouterr().err
 
 
+def test_log_lines_go_to_the_stderr_of_the_moment(monkeypatch):
+    """A progress bar puts itself in its place, and prints them above itself."""
+    import io
+    import logging
+
+    shown = io.StringIO()
+
+    def speaks(*_):
+        monkeypatch.setattr(sys, "stderr", shown)
+        logging.getLogger("latentvae").info("above the bar")
+        return {}
+
+    monkeypatch.setattr("latentvae.info.describe_path", speaks)
+    run("info", "somewhere")
+    assert "above the bar" in shown.getvalue()
+
+
+def test_train_script_takes_the_arguments_of_the_command(photographs, tmp_path):
+    script = Path(__file__).parents[1] / "train" / "train.py"
+    arguments = ["--recipe", "smoke_cpu", "--set", f"data.source={photographs}", "--dry-run"]
+    command = [sys.executable, script, *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert str(photographs) in result.stdout and "parameters" in result.stdout
+
+
 def test_version(capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("latentvae 0.")
@@ -186,6 +211,8 @@ def test_recipes_lists_shows_and_copies(capsys, tmp_path, fails):
     assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == text
     capsys.readouterr()
     assert "exists already" in fails("recipes", "smoke_cpu", "--copy", tmp_path / "mine.yaml")
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in fails("recipes", "smoke_cpu", "--copy", tmp_path / "file" / "mine.yaml")
     assert "name of a recipe" in fails("recipes", "--copy", tmp_path / "other.yaml")
 
 
@@ -230,6 +257,9 @@ def test_info_counts_parameters(capsys, model_folder, fails, tmp_path):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"\xff" * 64)
     assert "not a readable safetensors file" in fails("info", broken)
+    for header in (b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b"[" * 100_000):
+        broken.write_bytes(len(header).to_bytes(8, "little") + header)
+        assert "not a readable safetensors file" in fails("info", broken)
     assert "nothing at" in fails("info", tmp_path / "absent")
     (tmp_path / "folder").mkdir()
     assert "is no model" in fails("info", tmp_path / "folder")

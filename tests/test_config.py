@@ -157,6 +157,10 @@ def test_further_problems_are_counted():
     assert message(overrides=["loss.kl_weight=-1", "training.learning_rate=0"]).endswith("(and 1 more)")
 
 
+def test_a_key_that_is_no_word():
+    assert "a key must be a word" in message(overrides=["training={[1]: 2}"])
+
+
 @pytest.mark.parametrize("text", ["training.seed", "=3", "training.=3", ".seed=1"])
 def test_malformed_overrides(text):
     assert "section.field=value" in message(overrides=[text])

@@ -39,6 +39,18 @@ def test_every_dtype_loads_in_plain_diffusers(vae, tmp_path, dtype):
     assert report.folder == tmp_path / "out"
 
 
+def test_what_is_switched_on_in_the_given_model_is_no_part_of_it(tmp_path):
+    vae = AutoencoderKL.from_preset("f4c3-tiny", sample_size=16)
+    vae.enable_gradient_checkpointing()
+    vae.enable_tiling()  # the check has several tiles of 16 pixels
+    export_model(vae, tmp_path / "tiled")
+    vae.enable_layerwise_casting(torch.float16, torch.float32)
+    report = export_model(vae, tmp_path / "cast")
+    assert report.hashes == model_hashes(load_model(tmp_path / "cast"))
+    export_model(tmp_path / "cast", tmp_path / "again")
+    assert str(tmp_path) not in (tmp_path / "again" / "config.json").read_text()  # nobody's business on the hub
+
+
 def test_the_given_model_stays_as_it_is(vae, tmp_path):
     before = model_hashes(vae)
     vae.train()
@@ -73,11 +85,23 @@ def test_real_images_of_any_size_and_format(vae, tmp_path):
     assert not (tmp_path / "small").exists()
 
 
-@pytest.mark.parametrize("shift_factor", [None, 0.25])
-def test_scaling_families(tmp_path, shift_factor):
-    vae = AutoencoderKL.from_preset("f8c16-tiny", scaling_factor=0.5, shift_factor=shift_factor)
+@pytest.mark.parametrize(
+    "fields, formula",
+    [
+        ({"shift_factor": None}, "raw * scaling_factor"),
+        ({"shift_factor": 0.25}, "(raw - shift_factor) * scaling_factor"),
+        (
+            {"latents_mean": [1.0] * 16, "latents_std": [2.0] * 16},
+            "(raw - latents_mean) * scaling_factor / latents_std",
+        ),
+    ],
+)
+def test_scaling_families(tmp_path, fields, formula):
+    vae = AutoencoderKL.from_preset("f8c16-tiny", scaling_factor=0.5, **fields)
     export_model(vae, tmp_path / "out")
-    assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "out").config.shift_factor == shift_factor
+    config = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out").config
+    assert {name: config[name] for name in fields} == fields
+    assert f"`normalized = {formula}`" in (tmp_path / "out" / "README.md").read_text()
 
 
 def refused(message, *args, **kwargs):
@@ -106,17 +130,24 @@ def test_refusals(vae, tmp_path):
     export_model(vae, tmp_path / "out", overwrite=True)
 
 
-@pytest.mark.parametrize("what", ["weights", "config", "outputs"])
+@pytest.mark.parametrize("what", ["weights", "config", "outputs", "flipped byte", "truncated file"])
 def test_a_folder_that_does_not_reproduce_the_model_is_not_left_behind(vae, tmp_path, monkeypatch, what):
     load = diffusers.AutoencoderKL.from_pretrained
 
     def broken(folder, **kwargs):
+        file = folder / "diffusion_pytorch_model.safetensors"
+        written = bytearray(file.read_bytes())
+        if what == "flipped byte":
+            written[-100] ^= 1
+        elif what == "truncated file":
+            del written[-100:]
+        file.write_bytes(written)
         plain = load(folder, **kwargs)
         if what == "weights":
             plain.decoder.conv_out.bias.data[0] += 1e-3
         elif what == "config":
             plain.register_to_config(scaling_factor=0.7)
-        else:
+        elif what == "outputs":
             plain.decoder.conv_act = torch.nn.GELU()
         return plain
 
@@ -124,6 +155,14 @@ def test_a_folder_that_does_not_reproduce_the_model_is_not_left_behind(vae, tmp_
     with pytest.raises(ExportError):
         export_model(vae, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_are_not_finite_prove_nothing(tmp_path):
+    vae = AutoencoderKL.from_preset("f4c3-tiny")
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.fill_(3e38)
+    with pytest.raises(ExportError, match="nan"):
+        export_model(vae, tmp_path / "out")
 
 
 def test_push_to_hub_uploads_the_finished_folder(vae, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 from pydantic import ValidationError
 
 from latentvae.errors import UserError
@@ -186,6 +186,21 @@ def test_orientation_in_every_container_and_value():
             file = saved(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options)
             assert np.array_equal(decode(file), picture), (orientation, format)
             assert probe_size(file) == (6, 4)
+
+
+def test_the_size_of_a_png_is_probed_without_its_pixels(monkeypatch):
+    """A PNG may carry EXIF before or behind its pixels; only the latter is worth decoding them for."""
+    exif = Image.Exif()
+    exif[274] = 6
+    plain = png(np.zeros((4, 6, 3), np.uint8), 2)
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    early, late = plain[:33] + chunk + plain[33:], plain[:-12] + chunk + plain[-12:]
+    for file in (early, late):
+        assert decode(file).shape == (6, 4, 3) and probe_size(file) == (4, 6)
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert probe_size(plain) == (6, 4) and probe_size(early) == (4, 6)
 
 
 def test_orientation_from_xmp_and_broken_exif(shared_data):

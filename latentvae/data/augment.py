@@ -18,7 +18,7 @@ from latentvae.images import (
 from latentvae.images.pixels import PixelDtype
 
 
-class DataConfig(BaseModel, extra="forbid", frozen=True):
+class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Which images are trained on, and how they are cut."""
 
     source: str | None = Field(

@@ -216,7 +216,8 @@ def validation_batches(
     """Each of the first `max_images` images, in the order of their keys' hashes, once over all processes.
 
     (B, resolution, resolution, C): shorter side resized, centre cut out. Every batch but the last is full; unreadable
-    images are left out and reported with a batch near them. None readable at all raises a UserError.
+    images are left out and reported with a batch near them. Where none of this process's share is
+    readable, one empty batch reports them.
     """
     entries = source.entries()
     chosen = sorted(
@@ -249,9 +250,8 @@ def validation_batches(
             yield ready
         ready = collate(waiting)
         _check_format(ready, pixels, source)
+    if ready is None and unreadable:
+        ready = collate([])  # other processes may have readable ones: only the caller can tell that there are none
     if ready is not None:
         ready.unreadable.extend(unreadable)
         yield ready
-    elif mine:
-        named = "; ".join(f"{key} {reason}" for key, reason in unreadable[:3])
-        raise UserError(f"none of the {len(mine)} validation images in {source.name} is readable: {named}")

@@ -92,10 +92,14 @@ class FolderSource:
                 continue
             try:
                 status = child.stat()
-            except OSError:
+            except FileNotFoundError:
+                continue  # a link to nothing, or removed since it was listed
+            except OSError as error:
                 if child.is_symlink():
-                    continue  # a link to nothing is no image
-                raise
+                    continue  # a link to itself is no image
+                raise UserError(
+                    f"cannot look at {child.path}: {error.strerror or error}; mend its permissions or move it away"
+                ) from error
             if stat.S_ISDIR(status.st_mode):
                 self._scan(Path(child.path), f"{prefix}{child.name}/", above | {identity}, found)
             elif stat.S_ISREG(status.st_mode) and os.path.splitext(child.name)[1].lower() in self._extensions:
@@ -233,4 +237,4 @@ def open_source(
         raise UserError(
             f"source {source} is {kind}: only folders and python:module:function can be read; unpack it first"
         )
-    return FolderSource(source, pixels, policy)
+    return FolderSource(Path(source).expanduser(), pixels, policy)

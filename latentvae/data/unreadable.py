@@ -52,4 +52,5 @@ class UnreadableImages:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["key", "reason"])
         writer.writerows(self.items())
-        write_text(path, text.getvalue())
+        # a file name need not be valid UTF-8
+        write_text(path, text.getvalue().encode("utf-8", "backslashreplace").decode())

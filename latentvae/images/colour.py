@@ -97,8 +97,12 @@ def _with_alpha(samples: np.ndarray, transparency: object, white: int) -> np.nda
 
 def _rescale(samples: np.ndarray, white: int, new_white: int) -> np.ndarray:
     """[0, white] => [0, new_white], rounded: 16 bits to 8 is x / 257, never a clip and never a dropped byte."""
-    scaled = (samples.astype(np.uint64) * new_white + white // 2) // white
-    return np.minimum(scaled, new_white).astype(np.uint8 if new_white == 255 else np.uint16)
+    scaled = samples.astype(np.uint32)  # holds 65535 * 65535 + 32767; in place, for a picture may be 90 megapixels
+    scaled *= np.uint32(new_white)
+    scaled += np.uint32(white // 2)
+    scaled //= np.uint32(white)
+    np.minimum(scaled, new_white, out=scaled)
+    return scaled.astype(np.uint8 if new_white == 255 else np.uint16)
 
 
 def _rgb16(samples: np.ndarray, policy: DecodePolicy) -> np.ndarray:
@@ -108,8 +112,8 @@ def _rgb16(samples: np.ndarray, policy: DecodePolicy) -> np.ndarray:
     colour = np.repeat(colour, 3, axis=2) if colour.shape[2] == 1 else colour
     if not has_alpha:
         return colour
-    alpha = samples[:, :, -1:].astype(np.uint64)
-    background = np.asarray(policy.background, np.uint64) * 257
+    alpha = samples[:, :, -1:].astype(np.uint32)
+    background = np.asarray(policy.background, np.uint32) * 257
     return ((colour * alpha + background * (65535 - alpha) + 32767) // 65535).astype(np.uint16)
 
 
@@ -143,4 +147,4 @@ def to_srgb(image: Image.Image, policy: DecodePolicy, *, depth: int) -> np.ndarr
         raise ImageError(
             "is a 16-bit picture with an ICC profile other than sRGB: convert it first, or set policy.icc to ignore"
         )
-    return _rgb16(_rescale(samples, white, 65535), policy)
+    return _rgb16(samples if white == 65535 else _rescale(samples, white, 65535), policy)

@@ -102,10 +102,14 @@ def _open(stream: IO[bytes], policy: DecodePolicy) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
-    """1 to 8 from EXIF or XMP; 1 where there is none or it cannot be read, as in every viewer."""
+def _orientation(image: Image.Image, *, header_only: bool = False) -> int:
+    """1 to 8 from EXIF or XMP; 1 where there is none or it cannot be read, as in every viewer.
+
+    `header_only`: from what opening the file has read; of a PNG, Pillow would decode the picture to look behind it.
+    """
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        exif = Image.Image.getexif(image) if header_only else image.getexif()
+        value = exif.get(_ORIENTATION_TAG, 1)
     except Exception:  # broken EXIF raises almost anything, and says nothing about the picture
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -120,6 +124,19 @@ def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         array = array[:, ::-1]
     return np.ascontiguousarray(array)
+
+
+def _has_late_metadata(stream: IO[bytes]) -> bool:
+    """Whether EXIF or text follows the pixels of a PNG (PNG 3, 5.6, allows it). Skips from chunk to chunk."""
+    before = stream.tell()
+    stream.seek(8)
+    is_behind = found = False
+    while not found and len(head := stream.read(8)) == 8 and head[4:] != b"IEND":
+        is_behind |= head[4:] == b"IDAT"
+        found = is_behind and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+        stream.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)  # data and checksum
+    stream.seek(before)
+    return found
 
 
 def _numpy_shape(stream: IO[bytes]) -> tuple[int, ...]:
@@ -155,8 +172,10 @@ def _to_array(image: Image.Image, pixels: PixelFormat, policy: DecodePolicy) -> 
     if pixels.channels != 3:
         array = conform(read_samples(image), pixels)
     elif pixels.dtype == "float32":
-        rgb = to_srgb(image, policy, depth=16).astype(np.float64) / 65535.0
-        array = (pixels.low + rgb * (pixels.high - pixels.low)).clip(pixels.low, pixels.high).astype(np.float32)
+        rgb = to_srgb(image, policy, depth=16).astype(np.float64)
+        rgb *= (pixels.high - pixels.low) / 65535.0
+        rgb += pixels.low
+        array = rgb.clip(pixels.low, pixels.high, out=rgb).astype(np.float32)
     else:
         array = conform(to_srgb(image, policy, depth=8 if pixels.dtype == "uint8" else 16), pixels)
     _check_size(array.shape[1], array.shape[0], policy)
@@ -204,5 +223,7 @@ def probe_size(source: ImageSourceLike, policy: DecodePolicy | None = None) -> t
             return width, height
         with _open(stream, policy) as image:
             width, height = image.size
-            # Pillow swaps the sides of a TIFF already
-            return (height, width) if image.format != "TIFF" and _orientation(image) >= 5 else (width, height)
+            if image.format == "TIFF":
+                return width, height  # Pillow has swapped the sides already
+            header_only = image.format == "PNG" and not _has_late_metadata(stream)
+            return (height, width) if _orientation(image, header_only=header_only) >= 5 else (width, height)

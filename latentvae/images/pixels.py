@@ -27,7 +27,7 @@ class ImageError(UserError):
     """This one image cannot be used, and why: one line without the file's name, which the caller adds."""
 
 
-class PixelFormat(BaseModel, extra="forbid", frozen=True):
+class PixelFormat(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What the arrays outside the model hold; the default is 8-bit RGB."""
 
     channels: int = Field(default=3, ge=1, le=1024, description="channels per pixel, the model's in_channels")
@@ -72,7 +72,7 @@ class PixelFormat(BaseModel, extra="forbid", frozen=True):
         return self.dtype != "float32" and (self.low, self.high) == _FULL_RANGE[self.dtype]
 
 
-class DecodePolicy(BaseModel, extra="forbid", frozen=True):
+class DecodePolicy(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How image files become arrays. Two stores made under different policies hold different pictures."""
 
     background: tuple[Byte, Byte, Byte] = Field(

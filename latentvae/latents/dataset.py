@@ -131,8 +131,10 @@ class LatentDataset(Dataset[LatentItem]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[LatentItem]:
         """A batch of items; each shard is visited once."""
+        if not len(indices):
+            return []
         places = np.asarray(indices, dtype=np.int64)
-        if places.size and not (-len(self) <= places.min() and places.max() < len(self)):
+        if not (-len(self) <= places.min() and places.max() < len(self)):
             raise IndexError(f"index out of range for {len(self)} latents")
         places = places % len(self)
         keys = self._keys.take(pa.array(places)).to_pylist()

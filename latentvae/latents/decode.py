@@ -1,7 +1,9 @@
 """A latent store to pictures: what a diffusion model trained on it would see at best."""
 
 import copy
+import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,6 +23,8 @@ from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.progress import ImageProgress
 
 logger = logging.getLogger("latentvae")
+
+MAX_NAME_BYTES = 200  # file systems take 255
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,9 @@ def decode_store(
     manifest = LatentStore(store).read_manifest()
     posterior: Literal["mode", "sample"] = "sample" if manifest.store == "sample" else "mode"
     dataset = LatentDataset(store, posterior=posterior, normalize=False, partial=True)
-    if vae is None and manifest.vae.name is None:
-        raise UserError(f"{store} does not name a VAE that could be loaded: pass --vae")
-    model = _model(manifest.vae.name if vae is None else vae)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: it must be at least 1")
+    model = _model(vae) if vae is not None else _recorded_model(manifest.vae.name, str(store))
     if model.config.latent_channels != manifest.latent_channels:
         raise UserError(
             f"{store} has {manifest.latent_channels} latent channels, the VAE {model.config.latent_channels}: pass the "
@@ -106,19 +110,41 @@ def decode_store(
 def picture_names(keys: Sequence[str]) -> list[str]:
     """A relative path for each key: its extension replaced by .png where that keeps the names apart, else appended.
 
-    Keys are the user's, so a part such as ".." or a drive does not lead out of the folder.
+    Keys are the user's, so a part such as ".." or a drive does not lead out of the folder, and what some system does
+    not take in a file name is replaced.
     """
-    safe = [
-        "/".join(part.replace(":", "_") for part in PurePosixPath(key).parts if part not in ("/", "..", ".")) or "_"
-        for key in keys
-    ]
+    safe = ["/".join(_safe_part(part) for part in PurePosixPath(key).parts if part not in ("/", "..", ".")) or "_"
+            for key in keys]  # fmt: skip
     for names in ([str(PurePosixPath(name).with_suffix(".png")) for name in safe], [f"{name}.png" for name in safe]):
-        if len({name.lower() for name in names}) == len(names):
+        lower = {name.lower() for name in names}
+        folders = {str(parent) for name in lower for parent in PurePosixPath(name).parents}
+        if len(lower) == len(names) and not lower & folders:
             return names
-    return [f"{index:08d}_{name}.png" for index, name in enumerate(name.replace("/", "_") for name in safe)]
+    return [f"{index:08d}_{_safe_part(name.replace('/', '_'))}.png" for index, name in enumerate(safe)]
 
 
-def _model(vae: AutoencoderKL | str | Path | None) -> AutoencoderKL:
+def _safe_part(part: str) -> str:
+    """One part of a key as a file name of any system: at most 200 bytes, which leaves room for a temporary name."""
+    name = re.sub(r'[\x00-\x1f<>:"|?*\\]', "_", part)
+    data = name.encode("utf-8", "surrogateescape")
+    if len(data) <= MAX_NAME_BYTES:
+        return name
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return f"{data[: MAX_NAME_BYTES - 17].decode('utf-8', 'ignore')}-{digest}"
+
+
+def _model(vae: AutoencoderKL | str | Path) -> AutoencoderKL:
     if isinstance(vae, AutoencoderKL):
         return vae
     return load_model(vae) if isinstance(vae, str | Path) else AutoencoderKL.from_diffusers(vae)
+
+
+def _recorded_model(name: str | None, where: str) -> AutoencoderKL:
+    if name is None:
+        raise UserError(f"{where} does not name a VAE that could be loaded: pass --vae")
+    try:
+        return load_model(name)
+    except UserError as error:
+        raise UserError(
+            f"{where} was made with the VAE {name}, which does not load here: {error}; pass --vae"
+        ) from error

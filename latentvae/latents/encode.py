@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from latentvae.files import check_writable
 from latentvae.images import PixelFormat
 from latentvae.latents.encoder import LatentEncoder
 from latentvae.latents.lock import ExclusiveLock
-from latentvae.latents.preprocess import Prepared, UnitImages
+from latentvae.latents.preprocess import Piece, UnitImages
 from latentvae.latents.records import TENSORS, CommitRecord, Counts, IndexRow
 from latentvae.latents.resume import OpenedStore, open_store, require_empty
 from latentvae.latents.settings import EncodeConfig, bucket_of, environment, resolved_config, resolved_device
@@ -93,7 +93,7 @@ def encode_dataset(
     model = load_model(vae) if isinstance(vae, str | Path) else vae
     if not isinstance(model, AutoencoderKL):
         model = AutoencoderKL.from_diffusers(model)
-    name = str(vae) if isinstance(vae, str | Path) else model.config.get("_name_or_path")
+    name = str((vae if isinstance(vae, str | Path) else model.config.get("_name_or_path")) or "") or None
     pixels = config.pixels or PixelFormat(channels=model.config.in_channels)
     if pixels.channels != model.config.in_channels:
         raise UserError(f"images have {pixels.channels} channels, and the model takes {model.config.in_channels}")
@@ -108,8 +108,9 @@ def encode_dataset(
     was_training = model.training
     model.eval()
     try:
-        with ExclusiveLock(store.lock_path) as lock:
+        with ExitStack() as stack:
             with _explained(store):
+                lock = stack.enter_context(ExclusiveLock(store.lock_path))
                 opened = open_store(store, images, model, name, bucket, pixels, config)
             began = time.monotonic()
             records, num_images = _encode_units(opened, lock, images, model, config, device, progress)
@@ -150,7 +151,7 @@ def _encode_units(
         device=device,
     )
     dataset = UnitImages(images, opened.positions, todo, opened.bucket, config.policy, config.filter, config.small)
-    loader = load_batches(dataset, dataset.pieces(config.batch_size), list[Prepared], config.num_workers)
+    loader = load_batches(dataset, dataset.pieces(config.batch_size), Piece.of, config.num_workers)
     records = dict(opened.records)
     conditions = environment(config, device)
     opened.note_environment(conditions)
@@ -159,9 +160,8 @@ def _encode_units(
         unit = UnitLatents(encoder)
         current = next(units)
         for piece in loader:
-            for prepared in piece:
-                unit.add(prepared)
-            bar.update(bar.done + len(piece))
+            unit.add(piece)
+            bar.update(bar.done + len(piece.rows))
             if unit.num_inputs < len(current.images):
                 continue
             tensors, rows = unit.result()
@@ -194,13 +194,15 @@ class UnitLatents:
         """Inputs added so far."""
         return len(self.rows)
 
-    def add(self, prepared: Prepared) -> None:
-        """The next input of the unit."""
-        if prepared.image is not None:
-            self.waiting.append((len(self.rows), prepared.image))
-        self.rows.append(prepared.row)
-        if len(self.waiting) == self.encoder.batch_size:
-            self._encode()
+    def add(self, piece: Piece) -> None:
+        """The next inputs of the unit."""
+        images = iter(piece.images)
+        for row in piece.rows:
+            if row.status == "ok":
+                self.waiting.append((len(self.rows), next(images)))
+            self.rows.append(row)
+            if len(self.waiting) == self.encoder.batch_size:
+                self._encode()
 
     def _encode(self) -> None:
         positions = [position for position, _ in self.waiting]

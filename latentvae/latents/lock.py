@@ -11,6 +11,7 @@ from typing import Any, Self
 import psutil
 
 from latentvae.errors import UserError
+from latentvae.files import TEMPORARY_MARK
 
 START_TOLERANCE = 2.0  # seconds; a process start read twice differs by the clock's adjustment at most
 
@@ -18,9 +19,10 @@ START_TOLERANCE = 2.0  # seconds; a process start read twice differs by the cloc
 class ExclusiveLock:
     """`with ExclusiveLock(path):` or a UserError that names who holds it.
 
-    The file is made by exclusive create, so of two processes one wins. It records host, process and process start: on
-    the same host a dead owner (or another process with its number) frees it at once. An owner on another host
-    cannot be looked at, so there the user decides.
+    The file appears whole and under a name that is free, so of two processes one wins and a kill at any instant leaves
+    none or one that names its owner. It records host, process and process start: on the same host a dead owner (or
+    another process with its number) frees it at once. An owner on another host cannot be looked at, so there the user
+    decides. Raises OSError where the folder cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,15 +35,26 @@ class ExclusiveLock:
         }
 
     def __enter__(self) -> Self:
-        while True:
-            try:
-                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                self._remove_dead()
-                continue
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.owner, file)
-            return self
+        while not self._publish():
+            self._remove_dead()
+        for aside in self.path.parent.glob(f"{self.path.name}.*"):  # of one that was killed while it took a lock over
+            owner = _read(aside)
+            if owner is not None and _is_dead(owner, self.owner["host"]):
+                aside.unlink(missing_ok=True)
+        return self
+
+    def _publish(self) -> bool:
+        """Put the file there, whole; False where one is there."""
+        temporary = self.path.with_name(f".{self.path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            temporary.write_text(json.dumps(self.owner), encoding="utf-8")
+            return rename_new(temporary, self.path) and self.is_held()
+        except FileNotFoundError:
+            if not self.path.parent.is_dir():
+                raise
+            return False  # who holds the lock has swept our temporary file away
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -78,6 +91,21 @@ class ExclusiveLock:
             os.rename(aside, self.path)
             return
         aside.unlink()
+
+
+def rename_new(source: Path, target: Path) -> bool:
+    """Move a file to a name that is free; False, and nothing done, where it is taken."""
+    try:
+        os.link(source, target)  # unlike a rename, it fails where the name is taken
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: there two that look at the same instant may both go on
+        if target.exists():
+            return False
+        os.rename(source, target)
+        return True
+    source.unlink(missing_ok=True)
+    return True
 
 
 def _read(path: Path) -> dict[str, Any] | None:

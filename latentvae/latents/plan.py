@@ -21,6 +21,7 @@ from latentvae.data.sources import SourceEntry
 from latentvae.errors import UserError
 from latentvae.files import TEMPORARY_MARK
 from latentvae.images import DecodePolicy, ImageError, probe_size
+from latentvae.latents.lock import rename_new
 from latentvae.latents.records import SCHEMA, Bucket
 
 MAX_UNIT_BYTES = 10**9  # of latents: the upper end of what is downloaded, mapped or redone in one piece
@@ -140,36 +141,24 @@ def _probe(entries: Sequence[SourceEntry], policy: DecodePolicy) -> list[tuple[i
 def publish(folder: Path, images: Sequence[PlannedImage]) -> Path:
     """Write the next plan file, whole or not at all; a plan file that exists is never replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"plan-{len(_plan_files(folder)):04d}.parquet"
+    path = folder / f"plan-{len(plan_files(folder)):04d}.parquet"
     temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         columns = [pa.array([getattr(image, column.name) for image in images], column.type) for column in PLAN]
         pq.write_table(pa.Table.from_arrays(columns, schema=PLAN), temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        _rename_new(temporary, path)
+        if not rename_new(temporary, path):
+            raise UserError(f"{path} was written by another process meanwhile: start again")
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
-def _rename_new(source: Path, target: Path) -> None:
-    """Rename, but never onto a name that is taken."""
-    taken = UserError(f"{target} was written by another process meanwhile: start again")
-    try:
-        os.link(source, target)  # unlike a rename, it fails where the name is taken
-    except FileExistsError as error:
-        raise taken from error
-    except OSError:  # a file system without hard links; the store's lock keeps others out
-        if target.exists():
-            raise taken from None
-        os.rename(source, target)
-
-
 def read_plan(folder: Path) -> Plan:
     """All plan files in order; an empty plan where there is none. UserError where one is damaged."""
     images: list[PlannedImage] = []
-    for path in _plan_files(folder):
+    for path in plan_files(folder):
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
@@ -181,5 +170,6 @@ def read_plan(folder: Path) -> Plan:
     return Plan(images)
 
 
-def _plan_files(folder: Path) -> list[Path]:
+def plan_files(folder: Path) -> list[Path]:
+    """In order."""
     return sorted(folder.glob("plan-*.parquet"))

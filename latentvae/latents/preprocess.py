@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,10 +24,25 @@ SmallPolicy = Literal["skip", "upscale"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """An input as it leaves the workers: pixels (H, W, C), or none and the reason in its index row."""
+    """An input: pixels (H, W, C), or none and the reason in its index row."""
 
     row: IndexRow
-    image: Tensor | None
+    image: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Inputs as they leave a worker. Their pixels are one tensor: every tensor on its way takes an open file."""
+
+    rows: list[IndexRow]
+    images: Tensor  # (n, H, W, C) of the n rows that are ok so far, in their order
+
+    @classmethod
+    def of(cls, inputs: Sequence[Prepared]) -> "Piece":
+        """Stack what can be encoded; all have the bucket's size."""
+        images = [prepared.image for prepared in inputs if prepared.image is not None]
+        stacked = torch.from_numpy(np.stack(images)) if images else torch.empty(0)
+        return cls([prepared.row for prepared in inputs], stacked)
 
 
 class UnitImages(Dataset[Prepared]):
@@ -99,7 +115,7 @@ class UnitImages(Dataset[Prepared]):
             crop_top=top,
             crop_left=left,
         )
-        return Prepared(row, torch.from_numpy(array.copy()))
+        return Prepared(row, array)
 
 
 def _reason(error: Exception) -> str:

@@ -148,6 +148,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
     buckets: list[Bucket]
     vae: VAERecord
     source: str
+    plan: dict[str, FileRecord] = {}  # plan file -> what it must be
     totals: Counts | None = None  # of all units, when complete
     statistics: ChannelSums | None = None
 

@@ -16,7 +16,7 @@ from latentvae.errors import UserError
 from latentvae.files import TEMPORARY_MARK
 from latentvae.images import PixelFormat
 from latentvae.latents.fingerprint import differences, fingerprint, plain, require_same
-from latentvae.latents.plan import Plan, Unit, plan_images, publish, read_plan
+from latentvae.latents.plan import Plan, Unit, plan_files, plan_images, publish, read_plan
 from latentvae.latents.records import (
     DTYPES,
     TENSORS,
@@ -29,7 +29,7 @@ from latentvae.latents.records import (
     merge_sums,
 )
 from latentvae.latents.settings import EncodeConfig, fingerprint_fields
-from latentvae.latents.store import LatentStore, content_hash, read_index
+from latentvae.latents.store import LatentStore, content_hash, file_record, read_index
 from latentvae.model.autoencoder import AutoencoderKL
 
 logger = logging.getLogger("latentvae")
@@ -111,7 +111,7 @@ def open_store(
 ) -> OpenedStore:
     """Begin or continue a store; the caller holds its lock. UserError where it was made in another way."""
     for leftover in store.folder.rglob(f"*{TEMPORARY_MARK}*"):  # of a killed run: the lock says that no other writes
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     entries = images.entries()
     for entry in entries:
         try:
@@ -137,6 +137,9 @@ def open_store(
         _continue_manifest(opened, store.read_manifest())
     opened.plan = read_plan(store.plan_folder)
     _grow_plan(opened, entries, images, config)
+    known = opened.manifest.plan
+    plan = {path.name: known.get(path.name) or file_record(path) for path in plan_files(store.plan_folder)}
+    opened.manifest = opened.manifest.model_copy(update={"plan": plan})
     _read_records(opened)
     _require_unedited(opened, entries)
 
@@ -194,7 +197,8 @@ def _grow_plan(opened: OpenedStore, entries: Sequence[SourceEntry], images: Imag
     )
     if not store.manifest_path.exists():
         store.write_manifest(opened.manifest)  # first, so that a folder with a plan always is a store
-    publish(store.plan_folder, planned)
+    path = publish(store.plan_folder, planned)
+    opened.manifest = opened.manifest.model_copy(update={"plan": opened.manifest.plan | {path.name: file_record(path)}})
     opened.plan = read_plan(store.plan_folder)
 
 
@@ -208,7 +212,8 @@ def _read_records(opened: OpenedStore) -> None:
         *files, record_path = store.paths(unit.bucket, unit.number)
         advice = f"it is not of this store; remove it or run in another --out ({record_path.name})"
         require_same(record.fields, manifest.fields, f"unit {unit.number} of {store.folder}", advice)
-        whole = all(path.exists() and path.stat().st_size == record.files[path.name].num_bytes for path in files)
+        sizes = {name: file.num_bytes for name, file in record.files.items()}
+        whole = all(path.exists() and path.stat().st_size == sizes.get(path.name) for path in files)
         if whole:
             opened.records[unit.number] = record
         else:

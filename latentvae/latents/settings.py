@@ -20,7 +20,7 @@ from latentvae.latents.records import SCHEMA, Bucket, StoreDtype, StoreKind
 from latentvae.model.autoencoder import AutoencoderKL
 
 
-class EncodeConfig(BaseModel, extra="forbid", frozen=True):
+class EncodeConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How images become latents. What changes them is in the store's fingerprint; the rest may change on resume."""
 
     resolution: int = Field(
@@ -102,7 +102,7 @@ def fingerprint_fields(config: EncodeConfig, encoder_hash: str, bucket: Bucket, 
             "filter": config.filter,
             "small": config.small,
             "policy": config.policy.model_dump(),
-            "pixels": pixels.model_dump(),
+            "pixels": {"channels": pixels.channels, "dtype": pixels.dtype, "range": [pixels.low, pixels.high]},
             "store": config.store,
             "dtype": config.dtype,
             "seed": config.seed if config.store == "sample" else None,

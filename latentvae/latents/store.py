@@ -13,8 +13,6 @@ process number, so equal work gives equal bytes.
 
 import hashlib
 import json
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from latentvae.errors import UserError
@@ -41,6 +39,7 @@ from latentvae.latents.records import (
     channel_sums,
 )
 
+CHECKSUM = "checksum"  # the last field of manifest and commit records
 HEADER = "latentvae"  # the one metadata entry of a shard: with several, their order in the file would be random
 
 
@@ -62,7 +61,7 @@ class LatentStore:
     def read_manifest(self) -> Manifest:
         """Raises UserError where this is no store, or one of a schema that this version does not read."""
         try:
-            values = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            values = json.loads(self.manifest_path.read_bytes())
         except FileNotFoundError as error:
             raise UserError(f"{self.folder} is not a latent store: it has no manifest.json") from error
         except (OSError, ValueError) as error:
@@ -71,6 +70,7 @@ class LatentStore:
         if version != SCHEMA:
             raise UserError(f"{self.manifest_path} has schema {version}; this version of latentvae reads {SCHEMA}")
         try:
+            values.pop(CHECKSUM, None)
             manifest = Manifest.model_validate(values)
         except ValidationError as error:
             raise UserError(f"{self.manifest_path} is damaged: {_first_problem(error)}") from error
@@ -78,22 +78,24 @@ class LatentStore:
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Atomically."""
-        write_json(self.manifest_path, manifest.model_dump())
+        write_json(self.manifest_path, _sealed(manifest.model_dump()))
 
     def read_record(self, bucket: str, unit: int) -> CommitRecord | None:
         """None where the unit is not committed; UserError where the record is not readable."""
         path = self.paths(bucket, unit)[2]
         try:
-            return CommitRecord.model_validate_json(path.read_bytes())
+            values = json.loads(path.read_bytes())
+            if isinstance(values, dict):
+                values.pop(CHECKSUM, None)
+            return CommitRecord.model_validate(values)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UserError(f"cannot read the commit record {path}: {error.strerror or error}") from error
         except ValidationError as error:
             raise UserError(f"commit record {path} is damaged: {_first_problem(error)}") from error
-
-    def committed_units(self, bucket: str) -> list[int]:
-        """Units of a bucket that have a commit record, ascending."""
-        names = (re.fullmatch(r"u(\d{6,})\.json", path.name) for path in (self.shards / bucket).glob("u*.json"))
-        return sorted(int(match[1]) for match in names if match)
+        except ValueError as error:
+            raise UserError(f"commit record {path} is damaged: {error}") from error
 
     def commit(
         self,
@@ -113,15 +115,12 @@ class LatentStore:
         header = canonical_json({"schema_version": SCHEMA, "fingerprint": fingerprint, "unit": unit}).decode()
         files = {}
         with atomic_file(data) as temporary:
-            try:
-                save_file(dict(tensors), temporary, metadata={HEADER: header})
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
-            shutil.copymode(self.manifest_path, temporary)  # safetensors writes files that only their owner can read
-            files[data.name] = _file_record(temporary)
+            # not save_file: its own temporary file would outlive a kill, and only its owner could read the result
+            temporary.write_bytes(save(dict(tensors), metadata={HEADER: header}))
+            files[data.name] = file_record(temporary)
         with atomic_file(index) as temporary:
             pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=INDEX), temporary)
-            files[index.name] = _file_record(temporary)
+            files[index.name] = file_record(temporary)
         record = CommitRecord(
             unit=unit,
             bucket=bucket,
@@ -132,7 +131,7 @@ class LatentStore:
             channels=channel_sums(tensors),
             environment=dict(environment),
         )
-        write_json(record_path, record.model_dump())
+        write_json(record_path, _sealed(record.model_dump()))
         return record
 
 
@@ -167,8 +166,25 @@ def open_shard(path: Path) -> Shard:
         raise UserError(f"cannot read the shard {path}: {type(error).__name__} {error}") from error
 
 
-def _file_record(path: Path) -> FileRecord:
+def file_record(path: Path) -> FileRecord:
+    """What a file is now."""
     return FileRecord(sha256=sha256_file(path), num_bytes=path.stat().st_size)
+
+
+def _sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """With the sha256 of all other fields, for the files that no other file has the hash of."""
+    return values | {CHECKSUM: hashlib.sha256(canonical_json(values)).hexdigest()}
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a manifest or commit record is, byte for byte, as it was written."""
+    data = path.read_bytes()
+    try:
+        values = json.loads(data)
+        given = {name: value for name, value in values.items() if name != CHECKSUM}
+        return data == (json.dumps(_sealed(given), indent=2) + "\n").encode()  # as write_json
+    except (ValueError, AttributeError):
+        return False
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from latentvae.errors import UserError
 from latentvae.files import TEMPORARY_MARK, sha256_file
 from latentvae.latents.fingerprint import differences, fingerprint
-from latentvae.latents.plan import Plan, Unit, read_plan
+from latentvae.latents.plan import Plan, Unit, plan_files, read_plan
 from latentvae.latents.records import DTYPES, TENSORS, CommitRecord, Counts, Manifest, merge_sums
-from latentvae.latents.store import LatentStore, open_shard, read_index
+from latentvae.latents.store import LatentStore, file_record, is_sealed, open_shard, read_index
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ def verify_store(store: str | Path) -> VerifyReport:
     problems: list[str] = []
     if fingerprint(manifest.fields) != manifest.fingerprint:
         problems.append("manifest.json: its fingerprint does not belong to its fields")
+    if not is_sealed(layout.manifest_path):
+        problems.append("manifest.json: its bytes are not those that were written")
+    found_plan = {path.name: file_record(path) for path in plan_files(layout.plan_folder)}
+    for name in sorted(found_plan.keys() | manifest.plan.keys()):
+        if found_plan.get(name) != manifest.plan.get(name):
+            problems.append(f"plan/{name}: it is not the file that the manifest names")
     try:
         plan = read_plan(layout.plan_folder)
     except UserError as error:
@@ -84,6 +90,8 @@ def _unit_problems(layout: LatentStore, manifest: Manifest, unit: Unit, record: 
 
     if (record.unit, record.bucket) != (unit.number, unit.bucket):
         yield f"{name(path)}: it is the record of unit {record.unit} in {record.bucket}"
+    if not is_sealed(path):
+        yield f"{name(path)}: its bytes are not those that were written"
     for phrase in differences(record.fields, manifest.fields):
         yield f"{name(path)}: made with other settings: {phrase}"
     if record.fingerprint != fingerprint(record.fields):
@@ -161,7 +169,7 @@ def _extra_files(layout: LatentStore, plan: Plan) -> Iterator[str]:
         if path in expected or path.is_dir():
             continue
         name = path.relative_to(layout.folder).as_posix()
-        if path == layout.lock_path:
+        if path.name.startswith(layout.lock_path.name):
             yield f"{name}: an encode is running, or was killed (run it again)"
         elif TEMPORARY_MARK in path.name:
             yield f"{name}: left by an encode that was killed (the next one removes it)"

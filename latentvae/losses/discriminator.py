@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from latentvae.errors import UserError
 
 
-class DiscriminatorConfig(BaseModel, extra="forbid", frozen=True):
+class DiscriminatorConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Size of the discriminator; the defaults are those of taming-transformers, with group norm for batch norm."""
 
     base_channels: int = Field(
@@ -23,6 +23,19 @@ class DiscriminatorConfig(BaseModel, extra="forbid", frozen=True):
     norm_num_groups: int = Field(
         default=32, ge=1, description="upper bound of the groups of a group norm; each keeps at least 4 channels"
     )
+
+    @property
+    def minimum_size(self) -> int:
+        """Smallest side of an image in pixels that leaves one logit."""
+        return 3 * 2**self.num_layers  # two last convolutions take one pixel each off H / 2^layers
+
+    def check_size(self, side: int) -> None:
+        """Raise a UserError where images of this shorter side, in pixels, leave no logit."""
+        if side < self.minimum_size:
+            raise UserError(
+                f"images have {side} pixels a side; a discriminator of {self.num_layers} layers needs "
+                f"{self.minimum_size}: raise data.resolution or lower loss.discriminator.num_layers"
+            )
 
 
 class PatchDiscriminator(nn.Module):
@@ -52,17 +65,8 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.apply(_initialise)
 
-    @property
-    def minimum_size(self) -> int:
-        """Smallest side of an image in pixels that leaves one logit."""
-        return 3 * 2**self.config.num_layers  # two last convolutions take one pixel each off H / 2^layers
-
     def forward(self, images: Tensor) -> Tensor:
-        if min(images.shape[2:]) < self.minimum_size:
-            raise UserError(
-                f"images are {images.shape[3]}x{images.shape[2]}; a discriminator of {self.config.num_layers} layers "
-                f"needs {self.minimum_size} pixels a side: raise data.resolution or lower loss.discriminator.num_layers"
-            )
+        self.config.check_size(min(images.shape[2:]))
         logits: Tensor = self.layers(images)
         return logits
 

@@ -18,7 +18,7 @@ DISCRIMINATOR_START = 0.375  # of the run: RAE starts its discriminator at epoch
 ADVERSARIAL_START = 0.5  # of the run: RAE's generator meets it at epoch 8 of 16
 
 
-class LossConfig(BaseModel, extra="forbid", frozen=True):
+class LossConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Every term is the mean over its elements, so weights mean the same at any resolution and batch size."""
 
     reconstruction: Literal["l1", "l2"] = Field(
@@ -119,13 +119,15 @@ class GeneratorLoss:
 
 @dataclass(frozen=True)
 class DiscriminatorLoss:
-    """`loss`: mean over the batch. `terms`: detached, (B,). The rest: 0-dim means over all patches, to watch it."""
+    """`loss`: mean over the batch. `terms`: detached, (B,).
+
+    `watched`: 0-dim means over all patches: real_logits, fake_logits, and accuracy, the share of patches judged
+    rightly (real > 0, fake < 0).
+    """
 
     loss: Tensor
     terms: dict[str, Tensor]
-    real_logits_mean: Tensor
-    fake_logits_mean: Tensor
-    accuracy: Tensor  # share of patches judged rightly: real > 0, fake < 0
+    watched: dict[str, Tensor]
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -222,9 +224,11 @@ class Objective:
         return DiscriminatorLoss(
             loss=term.mean(),
             terms={"discriminator": term.detach()},
-            real_logits_mean=real.detach().mean(),
-            fake_logits_mean=fake.detach().mean(),
-            accuracy=accuracy,
+            watched={
+                "real_logits": real.detach().mean(),
+                "fake_logits": fake.detach().mean(),
+                "accuracy": accuracy,
+            },
         )
 
     def _likelihood(self, images: Tensor, reconstructions: Tensor) -> tuple[dict[str, Tensor], Tensor]:

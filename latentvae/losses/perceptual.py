@@ -75,6 +75,15 @@ def _load_lpips(net: str) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def check_size(net: PerceptualNet, side: int) -> None:
+    """Raise a UserError where images of this shorter side, in pixels, are too small for the backbone."""
+    if side < MINIMUM_SIZE[net]:
+        raise UserError(
+            f"images have {side} pixels a side; LPIPS-{net} needs {MINIMUM_SIZE[net]}: raise data.resolution (and "
+            "validation.resolution) or set loss.perceptual=none"
+        )
+
+
 def _unit_length(features: Tensor) -> Tensor:
     """Feature vectors scaled to length 1, as lpips does, but with a finite gradient where that length is 0."""
     length = features.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt()
@@ -166,11 +175,7 @@ class Perceptual(nn.Module):
                 f"images {tuple(images.shape)} and reconstructions {tuple(reconstructions.shape)} must both be "
                 f"(B, {self.channels}, H, W)"
             )
-        if min(images.shape[2:]) < MINIMUM_SIZE[self.net]:
-            raise UserError(
-                f"images are {images.shape[3]}x{images.shape[2]}; LPIPS-{self.net} needs "
-                f"{MINIMUM_SIZE[self.net]} pixels a side: raise data.resolution or set loss.perceptual=none"
-            )
+        check_size(self.net, min(images.shape[2:]))
         low, high = torch.stack(images.detach().aminmax()).tolist()  # one wait for the device
         if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:  # NaN passes: the non-finite guard names it better
             raise ValueError(

@@ -26,7 +26,6 @@ _SHARED_FIELDS = (  # what both networks are built from
     "norm_num_groups",
     "mid_block_add_attention",
 )
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 # Where the autoencoder lies in single files: inside a whole Stable Diffusion, or alone.
 _SINGLE_FILE_PREFIXES = ("first_stage_model.", "vae.", "")
@@ -45,14 +44,13 @@ class AutoencoderKL(DiffusersAutoencoderKL):
     _no_split_modules = ("ResidualBlock", "SelfAttention")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        private = {key: value for key, value in kwargs.items() if key.startswith("_")}  # diffusers' own bookkeeping
-        public = {key: value for key, value in kwargs.items() if not key.startswith("_")}
-        bound = _SIGNATURE.bind(self, *args, **public)
+        fields = {key: value for key, value in kwargs.items() if not key.startswith("_")}  # the rest is bookkeeping
+        bound = _SIGNATURE.bind(self, *args, **fields)
         bound.apply_defaults()
         config = {name: bound.arguments[name] for name in CONFIG_FIELDS}
         check_architecture(config)
         with torch.device("meta"):  # diffusers' networks are replaced at once: no memory, no random numbers for them
-            _INIT(self, **config, **private)
+            _INIT(self, *args, **kwargs)  # as it was called: the config records which fields were given
 
         latent_channels = config["latent_channels"]
         shared = {name: config[name] for name in _SHARED_FIELDS}
@@ -84,12 +82,15 @@ class AutoencoderKL(DiffusersAutoencoderKL):
     @classmethod
     def from_diffusers(cls, vae: Any) -> "AutoencoderKL":
         """Our class around the parameters of a plain `diffusers.AutoencoderKL`: the tensors are shared, not copied."""
+        if not isinstance(vae, DiffusersAutoencoderKL):
+            raise UserError(f"a {type(vae).__name__} was given: only diffusers' AutoencoderKL is supported")
         with torch.device("meta"):
-            model = cls(**{name: vae.config[name] for name in CONFIG_FIELDS})
+            model = cls.from_config(vae.config)
         state = vae.state_dict(keep_vars=True)
-        for name, parameter in model.named_parameters():
-            if name in state:
-                parameter.requires_grad_(state[name].requires_grad)  # loading would write ours on the shared tensor
+        expected = dict(model.named_parameters())
+        _refuse_keys("the given model", expected.keys() - state.keys(), state.keys() - expected.keys())
+        for name, parameter in expected.items():
+            parameter.requires_grad_(state[name].requires_grad)  # loading would write ours on the shared tensor
         model.load_state_dict(state, assign=True)
         model.use_slicing, model.use_tiling = vae.use_slicing, vae.use_tiling
         model.tile_sample_min_size, model.tile_latent_min_size = vae.tile_sample_min_size, vae.tile_latent_min_size
@@ -114,14 +115,16 @@ class AutoencoderKL(DiffusersAutoencoderKL):
         source = pretrained_model_link_or_path_or_dict
         name = "the state dict" if isinstance(source, dict) else str(source)
         if not isinstance(source, dict):
-            if Path(name).suffix.lower() in PICKLE_SUFFIXES:
-                raise UserError(f"{name} is a pickle, which can run code when it is read: only safetensors are read")
+            # Whatever ends otherwise is read as a pickle by diffusers; a URL may carry a query.
+            if Path(name.partition("?")[0]).suffix != ".safetensors":
+                raise UserError(f"{name} may be a pickle, which can run code when read: only .safetensors files are")
             options = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}
             source = load_single_file_checkpoint(name, **options)
         tensors = _autoencoder_tensors(source)
         if not tensors:
             raise UserError(f"{name} holds no autoencoder: no tensor named encoder.*, first_stage_model.* or vae.*")
         # Absent weights stay without memory ("meta"); diffusers then fails on them, or gives them to us.
+        kwargs["low_cpu_mem_usage"] = True
         try:
             model = super().from_single_file(source, **kwargs)
         except NotImplementedError as error:

@@ -36,6 +36,7 @@ class SelfAttention(nn.Module):
     """Every position attends to every other, one head as wide as the feature map, with a residual."""
 
     _from_deprecated_attn_block = True  # diffusers then renames query, key, value, proj_attn of old folders on load
+    processor = None  # pipelines that upcast an SDXL autoencoder ask which one it is
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()

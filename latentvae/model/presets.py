@@ -88,6 +88,9 @@ def preset_config(name: str) -> dict[str, Any]:
 
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Raise a UserError, in one line, if `config` (config.json fields) is no network that this package builds."""
+    for key in ("down_block_types", "up_block_types", "block_out_channels"):
+        if not isinstance(config[key], list | tuple) or not config[key]:
+            raise UserError(f"{key} is {config[key]!r}: give a list with one entry per resolution")
     widths = config["block_out_channels"]
     for key, known in (("down_block_types", DOWN_BLOCK_TYPES), ("up_block_types", UP_BLOCK_TYPES)):
         types = config[key]
@@ -98,22 +101,22 @@ def check_architecture(config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{key} has {len(types)} entries and block_out_channels has {len(widths)}: give one per resolution"
             )
-    if not widths:
-        raise UserError("block_out_channels is empty: give one number of channels per resolution")
     if config["act_fn"] not in ACTIVATIONS:
         raise UserError(f"act_fn {config['act_fn']!r} is not supported: use {' or '.join(ACTIVATIONS)}")
     for key in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
-        if config[key] < 1:
-            raise UserError(f"{key} is {config[key]}: it must be at least 1")
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise UserError(f"{key} is {config[key]!r}: it must be a whole number, at least 1")
+    if not isinstance(config["sample_size"], int | list | tuple):
+        raise UserError(f"sample_size is {config['sample_size']!r}: it must be a number of pixels")
     groups = config["norm_num_groups"]
     for width in widths:
-        if width < 1 or width % groups:
+        if not isinstance(width, int) or width < 1 or width % groups:
             raise UserError(
-                f"block_out_channels has {width}, not a multiple of norm_num_groups {groups}: change either of them"
+                f"block_out_channels has {width!r}, not a multiple of norm_num_groups {groups}: change either of them"
             )
 
 
-class ModelConfig(BaseModel, extra="forbid", frozen=True):
+class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Which autoencoder a run trains: a preset with changes, or a starting model as it is."""
 
     preset: str = Field(

@@ -1,5 +1,6 @@
 """Raw latents (what the posterior gives, what `decode` takes) <-> normalized ones (what diffusion trains on)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class LatentScaling:
                 "the other: set shift_factor or latents_mean and latents_std to null"
             )
         scale = float(config["scaling_factor"])
+        if not all(map(math.isfinite, (scale, shift, *(mean or ()), *(std or ())))):
+            raise UserError("the model's config.json has latent scaling that is not finite (nan or infinity)")
         if scale == 0:
             raise UserError("the model's config.json has scaling_factor 0, which would erase every latent")
         if mean is None or std is None:
@@ -45,6 +48,8 @@ class LatentScaling:
             raise UserError(
                 f"latents_mean and latents_std have {len(mean)} and {len(std)} values, latent_channels is {channels}"
             )
+        if 0 in std:
+            raise UserError("the model's config.json has a 0 in latents_std, and latents are divided by it")
         return cls(scale=scale, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
     def _per_channel(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:

@@ -70,9 +70,11 @@ def save_checkpoint(
 def read_state(folder: Path) -> dict[str, Any]:
     """What state.json of a checkpoint says; UserError where it cannot be read."""
     try:
-        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be resumed from: {error}") from error
+    if not isinstance(state, dict) or not {"images_seen", "seconds", "metrics", "scaler", "recipe"} <= state.keys():
+        raise UserError(f"{folder} cannot be resumed from: its {STATE_FILE} was not written by a training run")
     return state
 
 

@@ -8,7 +8,7 @@ from latentvae.data.pipeline import micro_batch_size_of
 from latentvae.errors import UserError
 
 
-class TrainingConfig(BaseModel, extra="forbid", frozen=True):
+class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Optimisation, precision and bookkeeping. Progress is counted in images."""
 
     total_images: int = Field(10_000_000, ge=1, description="images after which the run is finished")
@@ -83,12 +83,16 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
         return micro, per_process // micro
 
 
-class ValidationConfig(BaseModel, extra="forbid", frozen=True):
+class ValidationConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Images that are never trained on, looked at and measured while training runs."""
 
     source: str | None = Field(None, description="as data.source; None: a part of data.source is held out")
     fraction: float = Field(
-        0.02, ge=0, lt=1, description="part of data.source held out by hash of the key where source is None; 0: none"
+        0.02,
+        ge=0,
+        lt=1,
+        description="part of data.source, at least one image, held out by hash of the key where source is None"
+        "; 0: none",
     )
     resolution: int | None = Field(None, ge=1, description="pixels, after resize and centre crop; None: as data")
     max_images: int = Field(256, ge=1, description="upper bound of images per validation")

@@ -61,15 +61,6 @@ class ExponentialMovingAverage:
             average.copy_(state[name])
         self.num_updates = num_updates
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Give `model` (of the same parameter names) the averaged weights, in its own dtype."""
-        parameters = dict(model.named_parameters())
-        if parameters.keys() != self._averages.keys():
-            raise ValueError(f"the model has other parameters: {sorted(parameters.keys() ^ self._averages.keys())[:3]}")
-        for name, parameter in parameters.items():
-            parameter.copy_(self._averages[name])
-
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the model's weights are the averages; afterwards what they were, bit for bit."""

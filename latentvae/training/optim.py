@@ -179,8 +179,7 @@ def load_optimizer_tensors(
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:
-    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-    return type(inner).__name__
+    return type(optimizer).__name__
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ class RunRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            logger.error("%s: %s", kind.__name__ if kind else "", error)
+        if kind is not None and self._handler is not None:  # in the file alone: whoever catches it says it elsewhere
+            message = f"{kind.__name__}: {error}"
+            self._handler.handle(logging.LogRecord(logger.name, logging.ERROR, __file__, 0, message, (), None))
         if self.accelerator.log_with:
             self.accelerator.end_training()
         if self._handler is not None:

@@ -50,7 +50,8 @@ class RunDirectory:
                 yet: a job that is started again and again begins with no checkpoint), a path takes that one.
 
         Raises:
-            UserError: a new run in a folder that holds one, or a path that is not a checkpoint.
+            UserError: a new run in a folder that holds one, a path that is not a checkpoint, or a path while this
+                folder has newer ones: they would pass for what follows it.
         """
         if resume is None:
             if self.recipe.exists() or self.all_checkpoints():
@@ -62,6 +63,12 @@ class RunDirectory:
         if not (Path(resume) / STATE_FILE).is_file():
             near = ", ".join(str(path) for path in self.all_checkpoints()) or "none"
             raise UserError(f"{resume} is not a checkpoint (no {STATE_FILE} in it); checkpoints of this run: {near}")
+        own = self.all_checkpoints()
+        if own and own[-1].resolve() != Path(resume).resolve():
+            raise UserError(
+                f"{self.path} holds the checkpoint {own[-1].name}, which does not follow from {resume}: choose another "
+                "--out, or remove the later checkpoints"
+            )
         return Path(resume)
 
     def all_checkpoints(self) -> list[Path]:
@@ -78,7 +85,7 @@ class RunDirectory:
     def prune(self, keep: int) -> None:
         """Delete all but the `keep` newest checkpoints, and what an interrupted save left behind."""
         for path in self.all_checkpoints()[:-keep]:
-            shutil.rmtree(path)
+            os.rename(path, path.with_name(f".{path.name}{TEMPORARY_MARK}old"))  # never half a checkpoint by its name
         for path in self.checkpoints.glob(f".*{TEMPORARY_MARK}*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -98,11 +105,21 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def drop_metrics_after(self, images_seen: int) -> None:
-        """Forget lines of work that a resume is about to repeat."""
+        """Forget lines of work that is about to be repeated, and what a crash left of the last line."""
         if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line and json.loads(line)["images_seen"] <= images_seen]
-            write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+            kept = [row for row in self.read_metrics() if row["images_seen"] <= images_seen]
+            write_text(self.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, without a last line that a crash cut off; [] where there is no such file."""
+        rows: list[dict[str, Any]] = []
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return rows
 
 
 def environment() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The training loop: updates, and everything that happens between them."""
 
+import json
 import logging
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, nullcontext
@@ -14,7 +15,6 @@ from torch import nn
 from latentvae.checkpoint import save_model
 from latentvae.data.pipeline import Batch, UnreadableImages
 from latentvae.errors import UserError
-from latentvae.files import write_json
 from latentvae.images import PixelFormat
 from latentvae.losses.objective import Objective
 from latentvae.model.autoencoder import AutoencoderKL
@@ -88,7 +88,7 @@ class Trainer:
     ) -> None:
         self.config, self.accelerator, self.run = config, accelerator, run
         self.batches, self.validate, self.unreadable = batches, validate, unreadable
-        self.settings, self.fine_tune = settings, fine_tune
+        self.settings, self.fine_tune, self.resume = settings, fine_tune, resume
         self.progress = progress and accelerator.is_main_process
         self.images_seen = 0
         self.metrics: dict[str, float] = {}
@@ -132,6 +132,8 @@ class Trainer:
         )
         if resume is not None:
             self._restore(resume, state)
+        if accelerator.is_main_process:
+            run.drop_metrics_after(self.images_seen)
 
     def _compare_settings(self, resume: Path) -> None:
         """Say what changed since the checkpoint was made; another model is refused."""
@@ -144,8 +146,6 @@ class Trainer:
 
     def _restore(self, resume: Path, state: dict[str, Any]) -> None:
         self.images_seen, self.metrics = state["images_seen"], state["metrics"]
-        if self.accelerator.is_main_process:
-            self.run.drop_metrics_after(self.images_seen)
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         logger.info("continuing from %s, after %d images", resume, self.images_seen)
@@ -170,8 +170,7 @@ class Trainer:
                 before = self.images_seen
                 micro_batches = next(batches)
                 for batch in micro_batches:
-                    for key, reason in self.unreadable.add(batch.unreadable):
-                        logger.warning("skipped %s: %s", key, reason)
+                    self._note(batch.unreadable)
                 record.add(self.updater.update(micro_batches, before, stop=signals.received is not None))
                 self.images_seen += config.global_batch_size
                 if self.ema is not None and not self.updater.was_skipped:
@@ -211,24 +210,33 @@ class Trainer:
             total = min(total, round(self.images_seen / max(self.updater.progress(self.images_seen), 1e-9)))
         progress.update(self.images_seen, total=total, figures=figures)
 
+    def _note(self, unreadable: list[tuple[str, str]]) -> None:
+        """Count and name what could not be read, each image once; UserError beyond `data.max_unreadable`."""
+        for key, why in self.unreadable.add(unreadable):
+            logger.warning("skipped %s: %s", key, why)
+
     def _averaged(self) -> Any:
         """A context in which the model holds its average, where EMA is on."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     def _validate(self, record: RunRecord, progress: ImageProgress) -> None:
-        with self._averaged():
-            result = self.validate(self.vae)
-        self._set_scaling(result)
-        self.metrics = result.metrics
+        result = self._measure()
+        resolution = self.settings["validation"]["resolution"] or self.settings["data"]["resolution"]
+        measured_on = {"validation_images": result.num_images, "validation_resolution": resolution}
+        self.metrics = result.metrics | measured_on
         record.log_validation(self.images_seen, result)
         progress.update(self.images_seen, figures=result.metrics)
 
-    def _set_scaling(self, result: ValidationResult) -> None:
-        """A new model says the scaling measured on its average; a fine-tune keeps the starting values."""
+    def _measure(self) -> ValidationResult:
+        """Validate the average. A new model then says the scaling measured on it; a fine-tune keeps what it has."""
+        with self._averaged():
+            result = self.validate(self.vae)
+        self._note(result.unreadable)
         if not self.fine_tune:
             scaling = result.latents.scaling(has_shift=self.vae.config.shift_factor is not None)
             self.vae.register_to_config(**scaling)
-        self._measured_at = self.images_seen
+            self._measured_at = self.images_seen
+        return result
 
     def _save(self, *, measure: bool = True) -> Path:
         """A checkpoint by the first process, while the others wait.
@@ -238,9 +246,10 @@ class Trainer:
         folder = self.run.checkpoint(self.images_seen)
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
-        if measure and self._measured_at != self.images_seen:
-            with self._averaged():
-                self._set_scaling(self.validate(self.vae))
+        if measure and not self.fine_tune and self._measured_at != self.images_seen:
+            self._measure()
+        if self.resume is not None and folder.resolve() == self.resume.resolve():
+            return folder  # nothing was trained since, and a replacement would not be one rename
         if accelerator.is_main_process:
             state = {
                 "images_seen": self.images_seen,
@@ -259,10 +268,10 @@ class Trainer:
         return folder
 
     def _write_model(self) -> Path:
-        """RUN/model: the finished model with its metrics beside it."""
+        """RUN/model: the finished model and its metrics."""
         if self.accelerator.is_main_process:
+            metrics = json.dumps({"images_seen": self.images_seen} | self.metrics, indent=2, allow_nan=False)
             with self._averaged():
-                save_model(self.vae, self.run.model, overwrite=True)
-            write_json(self.run.model / "metrics.json", {"images_seen": self.images_seen} | self.metrics)
+                save_model(self.vae, self.run.model, overwrite=True, files={"metrics.json": metrics + "\n"})
         self.accelerator.wait_for_everyone()
         return self.run.model

@@ -16,6 +16,8 @@ from latentvae.training.config import TrainingConfig
 from latentvae.training.optim import learning_rate_at, nonfinite_terms, set_learning_rate
 from latentvae.training.step import AutoencoderStep
 
+MIN_LOSS_SCALE = 2.0**-10  # of the 65536 that it starts from; only gradients that are never finite bring it here
+
 
 class NonFiniteLoss(RuntimeError):
     """A loss term or a gradient was NaN or infinite; nothing was updated."""
@@ -30,6 +32,7 @@ class Updater:
 
     Attributes:
         stop_agreed: a process asked for a stop at the last update.
+        was_skipped: the fp16 loss scaler skipped the last step of the autoencoder.
         seconds: training time of the run by the first process's clock, as of the last update, so that all processes
             take the same decisions from it.
     """
@@ -55,7 +58,7 @@ class Updater:
         self.discriminator: nn.Module | None = None
         if "discriminator" in networks:
             self.discriminator = accelerator.prepare(networks["discriminator"].module)
-        self.optimizers = {name: accelerator.prepare(network.optimizer) for name, network in networks.items()}
+        self.was_skipped = False
 
     def progress(self, images_seen: int) -> float:
         """Part of the run that is done, in [0, 1], by images or by time, whichever is further."""
@@ -86,22 +89,47 @@ class Updater:
                 collected.append(self._micro_step(batch, images_seen, train_discriminator=train_discriminator))
                 if not accelerator.sync_gradients:
                     continue
-                norms = {
-                    name: accelerator.clip_grad_norm_(self.networks[name].trained(), self.config.max_grad_norm)
-                    for name in active
-                }
+                norms = self._clip(active)
                 self._agree(collected, norms, micro_batches, images_seen, stop=stop)
-                for name in active:
-                    self.optimizers[name].step()
-                    self.optimizers[name].zero_grad()
+                self._step_optimizers(norms)
         means = {name: torch.stack([terms[name].mean() for terms in collected]).mean() for name in collected[0]}
         norms_logged = {f"{name}_grad_norm": norm.detach() for name, norm in norms.items()}
         return means | norms_logged | {"learning_rate": torch.tensor(rate)}
 
-    @property
-    def was_skipped(self) -> bool:
-        """The fp16 loss scaler skipped the last step of the autoencoder."""
-        return bool(self.optimizers["autoencoder"].step_was_skipped)
+    def _clip(self, names: list[str]) -> dict[str, Tensor]:
+        """Clip the gradients of these networks; returns their norms before that.
+
+        Not by Accelerate: with fp16 its clipping unscales the gradients of all networks once for each.
+        """
+        norms = {}
+        for name in names:
+            network = self.networks[name]
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.unscale_(network.optimizer)
+            norms[name] = torch.nn.utils.clip_grad_norm_(network.trained(), self.config.max_grad_norm)
+        return norms
+
+    def _step_optimizers(self, norms: dict[str, Tensor]) -> None:
+        """Step every clipped network, and renew the fp16 loss scale once, after the last of them.
+
+        Not by Accelerate's optimizers: each would renew the scale, and the next unscale its gradients a second time.
+        """
+        scaler = self.accelerator.scaler
+        for name in norms:
+            optimizer = self.networks[name].optimizer
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        if scaler is not None:
+            scaler.update()
+            self.was_skipped = not bool(norms["autoencoder"].isfinite())
+            if scaler.get_scale() < MIN_LOSS_SCALE:
+                raise NonFiniteLoss(
+                    f"the fp16 loss scale fell below {MIN_LOSS_SCALE:g}, so gradients overflow at any scale: the "
+                    "checkpoints are untouched. Try a lower training.learning_rate or training.mixed_precision=no"
+                )
 
     def _set_learning_rates(self, images_seen: int) -> float:
         config = self.config
@@ -154,6 +182,7 @@ class Updater:
             loss = self.objective.discriminator(self.discriminator, images, output.reconstructions.detach())
             accelerator.backward(loss.loss)
             terms |= loss.terms
+            terms |= {f"discriminator_{name}": value.reshape(1) for name, value in loss.watched.items()}
         return terms
 
     def _average(self, tensor: Tensor) -> Tensor:
@@ -177,7 +206,8 @@ class Updater:
             values += list(norms.values())
         nonfinite = torch.stack([(~torch.isfinite(value)).any() for value in values]).any()
         seconds = self._seconds_before + time.monotonic() - self._began if self.accelerator.is_main_process else 0.0
-        flags = torch.tensor([0.0, float(stop), seconds], dtype=torch.float64, device=nonfinite.device)
+        # In float32, since MPS has nothing wider: half a second of rounding after 97 days.
+        flags = torch.tensor([0.0, float(stop), seconds], dtype=torch.float32, device=nonfinite.device)
         flags[0] = nonfinite
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.reduce(flags, "sum")
@@ -193,7 +223,8 @@ def _describe(
     found = []
     for terms, batch in zip(collected, batches, strict=True):
         for name, indices in nonfinite_terms(terms):
-            keys = [batch.keys[index] for index in indices if index < len(batch.keys)]
+            is_per_image = len(terms[name]) == len(batch.keys)  # else one figure for all of them
+            keys = [batch.keys[index] for index in indices] if is_per_image else batch.keys
             found.append(f"{name} of {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else ""))
     found += [f"the gradient of the {name}" for name, norm in norms.items() if not torch.isfinite(norm)]
     return (

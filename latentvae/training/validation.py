@@ -1,6 +1,6 @@
 """Images that are measured and pictured while training runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from latentvae.data.pipeline import Batch
+from latentvae.errors import UserError
 from latentvae.evaluation.metrics import psnr
 from latentvae.images import PixelFormat, from_model, image_grid, to_model
 from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.model.posterior import Posterior
+
+MAX_PSNR = 100.0  # dB; an image reproduced exactly counts as this, since infinity has no mean and no place in JSON
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,10 @@ class LatentStatistics:
 
     Attributes:
         mean, std: over all elements.
-        channel_mean, channel_std: C values each.
-        num_images: images they were measured on.
     """
 
     mean: float
     std: float
-    channel_mean: tuple[float, ...]
-    channel_std: tuple[float, ...]
-    num_images: int
 
     def scaling(self, *, has_shift: bool) -> dict[str, float]:
         """config.json values that give normalized latents unit variance (LDM, section G: one over the std).
@@ -49,12 +47,16 @@ class ValidationResult:
 
     Attributes:
         metrics: psnr (dB, mean over images) and lpips (where the run has a perceptual term).
+        num_images: how many images the metrics are means over.
         latents: statistics of the raw latents.
+        unreadable: (key, reason) of the images that could not be used.
         picture: HWC uint8, originals above reconstructions; None on processes but the first, or if not asked for.
     """
 
     metrics: dict[str, float]
+    num_images: int
     latents: LatentStatistics
+    unreadable: list[tuple[str, str]]
     picture: np.ndarray | None
 
 
@@ -66,7 +68,6 @@ def validate(
     device: torch.device,
     perceptual: nn.Module | None = None,
     num_pictures: int = 0,
-    on_unreadable: Callable[[list[tuple[str, str]]], None] | None = None,
 ) -> ValidationResult:
     """Reconstruct every image through the posterior mode, without autocast, and measure.
 
@@ -75,52 +76,44 @@ def validate(
     """
     rows: list[dict[str, Any]] = []
     sums: list[tuple[Tensor, Tensor, int]] = []
+    unreadable: list[tuple[str, str]] = []
     pictures: list[np.ndarray] = []
     parameter = next(vae.parameters())
     with torch.no_grad():
         for batch in batches:
-            if on_unreadable is not None:
-                on_unreadable(batch.unreadable)
+            unreadable += batch.unreadable
             if not batch.keys:
                 continue
-            original = batch.images.to(device)
-            images = to_model(original, pixels).to(parameter.dtype)
+            images = to_model(batch.images.to(device), pixels).to(parameter.dtype)
             posterior = Posterior(vae.moments(images))
             reconstructions = vae.decode(posterior.mode()).sample
-            restored = from_model(reconstructions, pixels)
-            figures = {"psnr": psnr(original, restored, data_range=pixels.high - pixels.low).tolist()}
+            restored = from_model(reconstructions, pixels).cpu()  # figures in float64, which MPS does not have
+            decibel = psnr(batch.images, restored, data_range=pixels.high - pixels.low).clamp(max=MAX_PSNR)
+            figures = {"psnr": decibel.tolist()}
             if perceptual is not None:
                 figures["lpips"] = perceptual(images, reconstructions.clamp(-1, 1)).tolist()
             rows += [dict(zip(figures, values, strict=True)) for values in zip(*figures.values(), strict=True)]
-            mean, variance = posterior.mean.double(), posterior.std.double().square()
-            squares = mean.square() + variance
-            sums.append((mean.sum((0, 2, 3)).cpu(), squares.sum((0, 2, 3)).cpu(), mean[:, 0].numel()))
+            mean, variance = posterior.mean.cpu().double(), posterior.std.cpu().double().square()
+            sums.append((mean.sum(), (mean.square() + variance).sum(), mean.numel()))
             room = max(0, num_pictures - len(pictures) // 2)
-            for pair in zip(original[:room].cpu().numpy(), restored[:room].cpu().numpy(), strict=True):
+            for pair in zip(batch.images[:room].numpy(), restored[:room].numpy(), strict=True):
                 pictures += pair
-    rows, sums = gather_object(rows), gather_object(sums)
+    rows, sums, unreadable = gather_object(rows), gather_object(sums), gather_object(unreadable)
     if not rows:
-        raise RuntimeError("no validation image could be read")
+        raise UserError(f"none of the {len(unreadable)} validation images is readable: {unreadable[:3]}")
     metrics = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     picture = None
     if pictures:
         shown = [_displayable(array, pixels) for array in pictures[0::2] + pictures[1::2]]
         picture = image_grid(shown, columns=len(pictures) // 2)
-    return ValidationResult(metrics, _statistics(sums, len(rows)), picture)
+    return ValidationResult(metrics, len(rows), _statistics(sums), unreadable, picture)
 
 
-def _statistics(sums: list[tuple[Tensor, Tensor, int]], num_images: int) -> LatentStatistics:
+def _statistics(sums: list[tuple[Tensor, Tensor, int]]) -> LatentStatistics:
     total = sum(count for _, _, count in sums)
-    first = torch.stack([value for value, _, _ in sums]).sum(0) / total  # (C,) E[z]
-    second = torch.stack([value for _, value, _ in sums]).sum(0) / total  # (C,) E[z^2]
-    mean = first.mean()
-    return LatentStatistics(
-        mean=mean.item(),
-        std=(second.mean() - mean.square()).clamp(min=0).sqrt().item(),
-        channel_mean=tuple(first.tolist()),
-        channel_std=tuple((second - first.square()).clamp(min=0).sqrt().tolist()),
-        num_images=num_images,
-    )
+    mean = sum(value.item() for value, _, _ in sums) / total  # E[z]
+    second = sum(value.item() for _, value, _ in sums) / total  # E[z^2]
+    return LatentStatistics(mean=mean, std=max(second - mean**2, 0.0) ** 0.5)
 
 
 def _displayable(array: np.ndarray, pixels: PixelFormat) -> np.ndarray:

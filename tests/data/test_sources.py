@@ -93,6 +93,34 @@ def test_folder_errors_are_one_line(tmp_path):
             open_source(name)
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
+def test_a_file_that_cannot_be_looked_at_is_told_and_one_that_went_away_is_left_out(tmp_path, monkeypatch, error):
+    write(tmp_path / "a.png")
+    write(tmp_path / "b.png")
+
+    class Entry:
+        """A directory entry of a.png whose status cannot be had."""
+
+        name, path = "a.png", str(tmp_path / "a.png")
+
+        def stat(self):
+            raise error
+
+        def is_symlink(self):
+            return False
+
+    scandir = os.scandir
+    monkeypatch.setattr(
+        "latentvae.data.sources.os.scandir",
+        lambda folder: [Entry() if entry.name == "a.png" else entry for entry in scandir(folder)],
+    )
+    if isinstance(error, FileNotFoundError):
+        assert [entry.key for entry in open_source(tmp_path).entries()] == ["b.png"]
+    else:
+        with pytest.raises(UserError, match=r"cannot look at .*a\.png: Permission denied"):
+            open_source(tmp_path)
+
+
 def test_an_unreadable_file_is_an_image_error(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")

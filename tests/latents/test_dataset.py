@@ -95,6 +95,7 @@ def test_pickle(store):
 
 def test_indices_out_of_range(store):
     dataset = LatentDataset(store)
+    assert dataset.__getitems__([]) == []
     assert dataset[-1]["key"] == dataset[11]["key"]
     for index in (12, -13):
         with pytest.raises(IndexError):

@@ -34,8 +34,27 @@ def test_the_model_named_in_the_store_is_loaded(encode, vae, tmp_path):
     assert "2 of 12 latents decoded" in str(report)
 
 
+def test_a_model_that_is_not_there_any_more_must_be_given(encode, vae, tmp_path):
+    save_model(vae, tmp_path / "model")
+    encode(vae=str(tmp_path / "model"))
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"made with the VAE .*model, which does not load here: .*; pass --vae"):
+        decode_store(tmp_path / "store", tmp_path / "out", progress=False)
+
+
+def test_long_keys_become_names_that_fit(tmp_path):
+    keys = ["é" * 120 + ".jpg", "é" * 120 + ".png", "x" * 5000 + "/y.jpg"]
+    images = [{"key": key, "image": np.zeros((8, 8, 3), np.uint8)} for key in keys]
+    vae = tiny_vae()
+    encode_dataset(images, vae, tmp_path / "store", **(SETTINGS | {"resolution": 8}))
+    decode_store(tmp_path / "store", tmp_path / "out", vae=vae, progress=False)
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
 def test_without_a_name_the_model_must_be_given(encode, tmp_path):
     encode()
+    with pytest.raises(UserError, match="limit is 0"):
+        decode_store(tmp_path / "store", tmp_path / "out", limit=0, progress=False)
     with pytest.raises(UserError, match="pass --vae"):
         decode_store(tmp_path / "store", tmp_path / "out", progress=False)
     with pytest.raises(UserError, match="has 2 latent channels, the VAE 3"):
@@ -69,4 +88,6 @@ def test_picture_names_stay_apart_and_inside():
     assert picture_names(["a/b.jpg", "a/c.d.webp"]) == ["a/b.png", "a/c.d.png"]
     assert picture_names(["a.jpg", "a.png"]) == ["a.jpg.png", "a.png.png"]
     assert picture_names(["../../a.jpg", "/b.jpg", "C:/c.jpg"]) == ["a.png", "b.png", "C_/c.png"]
+    assert picture_names(["..\\..\\a.jpg", 'b?"\0\n.jpg']) == [".._.._a.png", "b____.png"]
+    assert picture_names(["a.png/b.jpg", "a.jpg"]) == ["a.png/b.jpg.png", "a.jpg.png"]  # no file where a folder is
     assert len({name.lower() for name in picture_names(["a.jpg", "A.jpg", "../a.jpg", "_/a.jpg"])}) == 4

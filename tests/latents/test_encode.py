@@ -3,6 +3,9 @@
 import copy
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentvae.checkpoint import save_model
+from latentvae.checkpoint import load_model, save_model
 from latentvae.errors import UserError
 from latentvae.images import PixelFormat, crop, decode, resize, to_model
 from latentvae.latents.dataset import LatentDataset
@@ -18,6 +21,8 @@ from latentvae.latents.encode import EncodeConfig, encode_dataset
 from latentvae.latents.store import LatentStore, open_shard
 from latentvae.latents.verify import verify_store
 from tests.latents.stores import SETTINGS, contents, tiny_vae
+
+ROOT = Path(__file__).parents[2]
 
 
 def index_rows(store):
@@ -102,6 +107,22 @@ def test_worker_processes_give_the_same_bytes(encode, tmp_path):
     assert contents(tmp_path / "here") == contents(tmp_path / "workers")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no resource limits")
+def test_large_batches_of_workers_need_few_open_files(tmp_path):
+    """A tensor on its way from a worker is an open file; a login shell allows 1024, and here it is 128."""
+    script = (
+        "import resource, sys\nimport numpy as np\nfrom tests.latents.stores import SETTINGS, tiny_vae\n"
+        "from latentvae.latents.encode import encode_dataset\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
+        "images = [{'key': f'{i}', 'image': np.zeros((8, 8, 3), np.uint8)} for i in range(400)]\n"
+        "options = {'resolution': 8, 'batch_size': 100, 'unit_images': 400, 'num_workers': 1}\n"
+        "print(encode_dataset(images, tiny_vae(), sys.argv[1], **(SETTINGS | options)))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "store")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "400 of 400 images encoded" in done.stdout, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("store", "tensors"), [("moments", ["logvar", "mean"]), ("mean", ["mean"]), ("sample", ["sample"])]
 )
@@ -184,7 +205,9 @@ def test_gray_16_bit_images_stay_gray_16_bit(tmp_path):
     report = encode_dataset(folder, vae, tmp_path / "store", pixels=pixels, **SETTINGS)
     assert report.counts.ok == 3
     manifest = LatentStore(tmp_path / "store").read_manifest()
-    assert manifest.fields["pixels"] == {"channels": 1, "dtype": "uint16", "range": None}
+    assert manifest.fields["pixels"] == {"channels": 1, "dtype": "uint16", "range": [0.0, 65535.0]}
+    same = PixelFormat(channels=1, dtype="uint16", range=(0, 65535))  # said instead of left to the dtype
+    assert encode_dataset(folder, vae, tmp_path / "store", pixels=same, **SETTINGS).units_encoded == 0
     with pytest.raises(UserError, match="images have 3 channels, and the model takes 1"):
         encode_dataset(folder, vae, tmp_path / "rgb", pixels=PixelFormat(), **SETTINGS)
 
@@ -306,6 +329,8 @@ def test_a_model_folder_is_loaded_and_named(encode, vae, tmp_path):
     save_model(vae, tmp_path / "model")
     encode(vae=str(tmp_path / "model"))
     assert LatentStore(tmp_path / "store").read_manifest().vae.name == str(tmp_path / "model")
+    encode("loaded", vae=load_model(tmp_path / "model"))
+    assert LatentStore(tmp_path / "loaded").read_manifest().vae.name == str(tmp_path / "model")
     assert encode(vae=vae).units_encoded == 0  # the same weights, not the same path, are the same model
 
 

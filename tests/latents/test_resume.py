@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from latentvae.errors import UserError
+from latentvae.files import TEMPORARY_MARK
 from latentvae.latents.lock import ExclusiveLock
 from latentvae.latents.store import LatentStore
 from latentvae.latents.verify import verify_store
@@ -134,6 +135,28 @@ def test_a_lock_of_another_host_or_an_unreadable_one_is_respected(tmp_path):
         pass
 
 
+def test_a_takeover_that_was_killed_is_cleaned_up(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    with ExclusiveLock(tmp_path / "encode.lock") as lock:
+        aside = tmp_path / "encode.lock.abcd"
+        aside.write_text(json.dumps(lock.owner | {"pid": child.pid}))
+    with ExclusiveLock(tmp_path / "encode.lock"):
+        assert not aside.exists()
+
+
+def test_without_hard_links_there_is_one_writer_too(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with ExclusiveLock(tmp_path / "encode.lock") as lock:
+        assert lock.is_held()
+        with pytest.raises(UserError, match="is being written by"), ExclusiveLock(tmp_path / "encode.lock"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_who_lost_the_lock_does_not_commit(tmp_path):
     with ExclusiveLock(tmp_path / "encode.lock") as lock:
         lock.path.write_text("{}")
@@ -141,16 +164,32 @@ def test_who_lost_the_lock_does_not_commit(tmp_path):
             lock.require_held()
 
 
-def limited_files():
-    """Every write beyond 10,000 bytes fails: a disk that is full for the shards, in an ordinary process."""
-    import resource  # absent on Windows
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_a_shard_that_was_killed_half_way_has_a_name_that_the_next_run_removes(tmp_path):
+    script = (
+        "import sys, torch\nfrom latentvae.latents.store import LatentStore\n"
+        "tensors = {'mean': torch.zeros(100, 4, 256, 256)}\n"  # 100 MB: long enough to be met while it is written
+        "LatentStore(sys.argv[1]).commit('32x32', 0, tensors, [], {}, '', {})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
+    while not (left := [path.name for path in tmp_path.rglob("*") if path.is_file()]):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert all(TEMPORARY_MARK in name for name in left), left
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no resource limits")
-def test_a_full_disk_is_one_line_and_the_store_continues(photographs, tmp_path):
+@pytest.mark.parametrize(("limit", "state"), [(10_000, "0 of 4 units are committed"), (1000, ""), (10, "")])
+def test_a_full_disk_is_one_line_and_the_store_continues(photographs, tmp_path, limit, state):
+    """Every write beyond the limit fails: the disk is full for the shards, for the manifest, even for the lock."""
+
+    def limited_files():
+        import resource  # absent on Windows
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
     script = (
         "import sys\nfrom latentvae.errors import UserError\nfrom tests.latents.stores import encode_photographs\n"
         "try:\n    encode_photographs(sys.argv[1], sys.argv[2], dtype='fp32')\n"
@@ -161,8 +200,8 @@ def test_a_full_disk_is_one_line_and_the_store_continues(photographs, tmp_path):
     assert done.returncode == 1
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith(f"error: cannot write to {tmp_path / 'store'}: ") and "File too large" in line
-    assert "0 of 4 units are committed" in line and "run the same command again" in line
-    assert not (tmp_path / "store" / "encode.lock").exists()
+    assert state in line and "run the same command again" in line
+    assert not list((tmp_path / "store").glob("*lock*"))
     encode_photographs(photographs, tmp_path / "undisturbed", dtype="fp32")
     encode_photographs(photographs, tmp_path / "store", dtype="fp32")
     assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")

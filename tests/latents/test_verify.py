@@ -66,6 +66,18 @@ def test_a_truncated_shard_and_a_flipped_bit_in_an_index_are_named(store):
     assert any("u000003.parquet" in problem for problem in problems(store))
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "plan/plan-0000.parquet", "shards/32x32/u000001.json"])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_a_flipped_bit_is_found_in_the_files_that_describe_the_others(store, name, part):
+    data = bytearray((store.folder / name).read_bytes())
+    data[int(len(data) * part)] ^= 1
+    (store.folder / name).write_bytes(data)
+    try:
+        assert any(name in problem for problem in problems(store))
+    except UserError as error:
+        assert "manifest.json" in str(error)  # without it there is no store to speak of
+
+
 def test_exchanged_shards_are_named(store):
     one, other = (store.paths("32x32", unit)[0] for unit in (0, 1))
     keep = one.read_bytes()

@@ -46,9 +46,9 @@ def test_groups_hold_at_least_four_channels(base_channels):
 @pytest.mark.parametrize("num_layers", [1, 3, 4])
 def test_the_minimum_size_is_the_smallest_that_works(num_layers):
     discriminator = PatchDiscriminator(3, DiscriminatorConfig(base_channels=4, num_layers=num_layers))
-    size = discriminator.minimum_size
+    size = discriminator.config.minimum_size
     assert discriminator(torch.zeros(1, 3, size, size)).shape == (1, 1, 1, 1)
-    with pytest.raises(UserError, match=f"{size} pixels a side"):
+    with pytest.raises(UserError, match=f"{size - 1} pixels a side; .* needs {size}"):
         discriminator(torch.zeros(1, 3, size, size - 1))
 
 

@@ -84,6 +84,19 @@ def test_gradients(config, checkpointing):
             assert relative(parameter.grad, expected[name].grad) <= 1e-4, name
 
 
+def test_gradient_checkpointing_runs_every_stage_again():
+    vae = make_pair(TINY)[0].train()
+    vae.enable_gradient_checkpointing()
+    runs = []
+    for network in (vae.encoder, vae.decoder):
+        for stage in network.children():
+            for block in stage if isinstance(stage, torch.nn.ModuleList) else [stage]:
+                if hasattr(block, "resnets"):
+                    block.resnets[0].register_forward_hook(lambda module, *_: runs.append(module))
+    vae(noise_images(1, 3, 16, 16)).sample.sum().backward()
+    assert runs and all(runs.count(module) == 2 for module in runs)
+
+
 def test_old_folder_with_deprecated_attention_names(tmp_path):
     theirs = make_pair(TINY)[1]
     theirs.save_pretrained(tmp_path)

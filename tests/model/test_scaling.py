@@ -1,5 +1,7 @@
 """Raw and normalized latents, by hand and by the formulas of the pipelines."""
 
+import math
+
 import pytest
 import torch
 
@@ -35,7 +37,10 @@ def test_both_directions_by_hand(changes, expected):
         ({"latents_std": [1.0, 1.0]}, "no latents_mean"),
         ({"latents_mean": [0.0], "latents_std": [1.0]}, "latent_channels is 2"),
         ({"latents_mean": [0.0, 0.0], "latents_std": [1.0, 1.0], "shift_factor": 0.1}, "one or the other"),
+        ({"latents_mean": [0.0, 0.0], "latents_std": [1.0, 0.0]}, "a 0 in latents_std"),
         ({"scaling_factor": 0}, "erase"),
+        ({"scaling_factor": math.nan}, "not finite"),
+        ({"latents_mean": [0.0, 0.0], "latents_std": [1.0, math.inf]}, "not finite"),
     ],
 )
 def test_contradictions_are_refused(changes, message):

@@ -106,5 +106,15 @@ def test_no_autoencoder_and_pickles(tmp_path, folder):
     with pytest.raises(UserError, match="holds no autoencoder"):
         load_model(tmp_path / "unet.safetensors")
     torch.save({}, tmp_path / "vae.ckpt")
-    with pytest.raises(UserError, match="pickle"):
-        AutoencoderKL.from_single_file(str(tmp_path / "vae.ckpt"), config=str(folder))
+    for name in ("vae.ckpt", "vae.model", "vae"):  # diffusers unpickles whatever is not named .safetensors
+        torch.save(ldm_weights(make_pair(CONFIG)[0]), tmp_path / name)
+        with pytest.raises(UserError, match="may be a pickle"):
+            AutoencoderKL.from_single_file(str(tmp_path / name), config=str(folder))
+
+
+def test_a_missing_weight_is_not_made_up(folder):
+    """Not even where as many others are too much, and memory may be used."""
+    weights = ldm_weights(make_pair(CONFIG)[0])
+    weights["encoder.surplus"] = weights.pop("quant_conv.bias")
+    with pytest.raises(UserError, match="lacks weights"):
+        AutoencoderKL.from_single_file(weights, config=str(folder), low_cpu_mem_usage=False)

@@ -34,7 +34,10 @@ def test_prune_keeps_the_newest_and_clears_leftovers(run):
 def test_resume_rules(run, tmp_path):
     assert RunDirectory(tmp_path / "new").find_checkpoint("auto") is None
     assert RunDirectory(tmp_path / "new").find_checkpoint(None) is None
-    assert run.find_checkpoint(run.checkpoint(400)) == run.checkpoint(400)
+    assert run.find_checkpoint(run.checkpoint(1200)) == run.checkpoint(1200)
+    assert RunDirectory(tmp_path / "new").find_checkpoint(run.checkpoint(400)) == run.checkpoint(400)
+    with pytest.raises(UserError, match=r"000001200, which does not follow from .*000000400"):  # it would be pruned
+        run.find_checkpoint(run.checkpoint(400))
     with pytest.raises(UserError, match="--resume auto"):
         run.find_checkpoint(None)
     with pytest.raises(UserError, match="not a checkpoint"):
@@ -53,5 +56,7 @@ def test_begin_writes_recipe_and_environment_and_refuses_a_folder_it_cannot_writ
 def test_metrics_of_repeated_work_are_forgotten(run):
     for images in (100, 200, 300):
         run.append_metrics({"images_seen": images, "loss": 1.0})
+    with open(run.metrics, "a", encoding="utf-8") as file:
+        file.write('{"images_seen": 150, "lo')  # where a crash cut the line off
     run.drop_metrics_after(200)
     assert [json.loads(line)["images_seen"] for line in run.metrics.read_text().splitlines()] == [100, 200]

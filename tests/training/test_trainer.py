@@ -159,16 +159,98 @@ def test_sixteen_bit_grayscale_never_becomes_rgb(tmp_path):
         ("data.resolution=17", "data.resolution is 17; the model needs a multiple of 2"),
         ("data.source=nowhere", "nowhere"),
         ("model.out_channels=1", "must agree"),
-        ("training.global_batch_size=4096", None),
+        ("loss.discriminator.num_layers=4", "16 pixels a side; a discriminator of 4 layers needs 48"),
+        ("loss.perceptual=alex", "16 pixels a side; LPIPS-alex needs 31"),
+        ("training.trackers=[wandb]", "wandb; usable here are tensorboard"),
+        ("training.trackers=[nonsense]", "nonsense; usable here are tensorboard"),
+        ("training.mixed_precision=fp16", "fp16, which a CPU does not train in"),
     ],
 )
-def test_bad_input_is_told_before_any_work(photographs, tmp_path, setting, message):
-    if message is None:
-        assert tiny_recipe(photographs, setting).training.accumulation(1) == (2, 2048)
-        return
+def test_bad_input_is_told_before_any_work(photographs, tmp_path, monkeypatch, setting, message):
+    monkeypatch.setattr("latentvae.recipe.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(UserError, match=message):
         build(tiny_recipe(photographs, setting), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_the_micro_batch_is_a_divisor_and_the_global_batch_a_multiple(photographs):
+    training = tiny_recipe(photographs, "training.global_batch_size=12", "training.micro_batch_size=5").training
+    assert training.accumulation(1) == (4, 3)
+    with pytest.raises(UserError, match="must be a multiple of 8"):
+        training.accumulation(8)
+
+
+def test_one_image_is_held_out_of_a_small_set(photographs, tmp_path):
+    recipe = tiny_recipe(photographs, "validation.fraction=0.001", "training.total_images=4")
+    assert build(recipe, tmp_path / "run", progress=False).train().metrics["psnr"] > 0
+
+
+def test_resuming_a_finished_run_keeps_its_checkpoint_and_renews_the_model(photographs, tmp_path):
+    recipe = tiny_recipe(photographs, "training.total_images=4")
+    first = build(recipe, tmp_path / "run", progress=False).train()
+    before = {path: path.stat().st_mtime_ns for path in first.checkpoint.rglob("*")}
+    metrics = (first.model_folder / "metrics.json").read_text()
+    (first.model_folder / "metrics.json").unlink()
+    again = build(recipe, tmp_path / "run", resume="auto", progress=False).train()
+    assert again.reason == "finished" and again.metrics == first.metrics
+    assert (again.model_folder / "metrics.json").read_text() == metrics
+    assert {path: path.stat().st_mtime_ns for path in first.checkpoint.rglob("*")} == before
+
+
+def test_a_longer_run_keeps_the_starts_it_had(photographs, tmp_path):
+    starts = ("loss.discriminator_start=null", "loss.adversarial_start=null")
+    for total, resume in ((16, None), (32, "auto")):
+        recipe = tiny_recipe(photographs, *starts, f"training.total_images={total}")
+        trainer = build(recipe, tmp_path / "run", resume=resume, progress=False)
+        trainer.train()
+        loss = trainer.settings["loss"]
+        assert (loss["discriminator_start"], loss["adversarial_start"]) == (6, 8)
+
+
+def test_max_minutes_ends_the_run_and_more_minutes_continue_it(photographs, tmp_path):
+    recipe = tiny_recipe(photographs, "training.max_minutes=1e-6")
+    first = build(recipe, tmp_path / "run", progress=False).train()
+    assert (first.reason, first.images_seen) == ("max_minutes", 4) and first.model_folder.is_dir()
+    again = build(recipe, tmp_path / "run", resume="auto", progress=False).train()
+    assert (again.reason, again.images_seen) == ("max_minutes", 4)
+    longer = tiny_recipe(photographs, "training.max_minutes=9")
+    assert build(longer, tmp_path / "run", resume="auto", progress=False).train().reason == "finished"
+
+
+def test_unreadable_images_are_counted_and_named_also_in_validation(photographs, tmp_path):
+    for name in ("class_0/bad.png", "held.png"):
+        (photographs / name).write_bytes(b"no picture")
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    for name in ("good.png", "bad.png"):
+        (held_out / name).write_bytes(
+            (photographs / ("class_1/image_01.png" if name == "good.png" else "held.png")).read_bytes()
+        )
+    recipe = tiny_recipe(photographs, f"validation.source={held_out}")
+    result = build(recipe, tmp_path / "run", progress=False).train()
+    table = (tmp_path / "run" / "unreadable.csv").read_text().splitlines()
+    assert sorted(line.split(",")[0] for line in table[1:]) == ["bad.png", "class_0/bad.png", "held.png"]
+    assert "skipped bad.png" in (tmp_path / "run" / "log.txt").read_text()
+    assert result.reason == "finished"
+
+
+def test_a_set_without_a_readable_image_is_one_error_that_the_log_keeps(tmp_path, caplog):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for index in range(9):
+        (folder / f"{index}.png").write_bytes(b"no picture")
+    trainer = build(tiny_recipe(folder), tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match=r"no readable image was found in .*broken"):
+        trainer.train()
+    assert "UserError: no readable image" in (tmp_path / "run" / "log.txt").read_text()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]  # the command line prints it
+
+
+def test_what_is_not_a_state_is_refused(photographs, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "state.json").write_text('{"images_seen": 3}')
+    with pytest.raises(UserError, match="not written by a training run"):
+        build(tiny_recipe(photographs), tmp_path / "run", resume=tmp_path / "foreign", progress=False)
 
 
 def test_a_run_is_never_overwritten_and_a_missing_checkpoint_is_an_error(photographs, tmp_path):
