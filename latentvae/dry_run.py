@@ -8,15 +8,22 @@ from torch import nn
 from latentvae.config import dump_yaml
 from latentvae.losses.discriminator import PatchDiscriminator
 from latentvae.losses.terms import LossWeights, to_ldm_units
+from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.recipe import Recipe, check, make_model, processes, resolve_precision
 
 
 def describe(recipe: Recipe) -> str:
-    """What a run of `recipe` would be, without starting it: sizes, batches, disk and the memory that is certain."""
-    config = recipe.training
+    """What a run of `recipe` would be, without starting it: every value, then what follows from them."""
     with torch.device("meta") if recipe.model.start_from is None else nullcontext():
         vae = make_model(recipe)
     check(recipe, vae)
+    loss = recipe.loss.resolved(recipe.training.total_images)
+    return "\n".join([dump_yaml(recipe.model_copy(update={"loss": loss})), *summarize(recipe, vae)])
+
+
+def summarize(recipe: Recipe, vae: AutoencoderKL) -> list[str]:
+    """Sizes, batches, disk, the memory that is certain, and the weights also in LDM's units: a line each."""
+    config = recipe.training
     loss = recipe.loss.resolved(config.total_images)
     sizes = {"encoder": _count(vae.encoder), "decoder": _count(vae.decoder)}
     with torch.device("meta"):
@@ -63,7 +70,7 @@ def describe(recipe: Recipe) -> str:
             f"adversarial trained from image {loss.discriminator_start}, felt by the decoder from "
             f"{loss.adversarial_start}"
         )
-    return dump_yaml(recipe.model_copy(update={"loss": loss})) + "\n" + "\n".join(lines)
+    return lines
 
 
 def _count(module: nn.Module) -> int:

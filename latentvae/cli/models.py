@@ -1,6 +1,7 @@
 """Commands about models: demo, train, export, recipes, info."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,8 @@ import typer
 from latentvae.cli.app import app, given, is_main_process
 from latentvae.errors import UserError
 from latentvae.files import write_text
+
+logger = logging.getLogger("latentvae")
 
 
 @app.command()
@@ -42,16 +45,18 @@ def train(
 
     On several GPUs: accelerate launch -m latentvae train --recipe ...
     """
+    from latentvae.dry_run import describe, summarize
     from latentvae.recipe import build, load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
-        from latentvae.dry_run import describe
-
         print(describe(loaded))
         return
     folder = out if out is not None else Path("runs") / Path(recipe).stem
-    result = build(loaded, folder, resume=resume).train()
+    trainer = build(loaded, folder, resume=resume)
+    for line in summarize(loaded, trainer.vae):
+        logger.info(line)
+    result = trainer.train()
     if not is_main_process():
         return
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())

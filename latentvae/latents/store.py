@@ -160,7 +160,8 @@ def open_shard(path: Path) -> Shard:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()  # the file itself cannot be iterated
+            tensors = {name: file.get_tensor(name) for name in names}
             return Shard(tensors, header["fingerprint"], header["unit"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"cannot read the shard {path}: {type(error).__name__} {error}") from error
