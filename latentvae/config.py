@@ -6,14 +6,14 @@ YAML is read by the 1.2 rules where they differ from PyYAML's 1.1: only `true` a
 
 import difflib
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, one_line
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -73,13 +73,24 @@ def dump_yaml(config: BaseModel) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names; lists stay values."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"cannot read the recipe {file}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {_one_line(error)}") from error
+        raise UserError(f"{file} is not valid YAML: {one_line(error)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -97,7 +108,7 @@ def _override(values: dict[str, Any], text: str) -> str:
         value = yaml.load(written, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(
-            f"--set {text}: the value is not valid YAML ({_one_line(error)}); quote it: '\"...\"'"
+            f"--set {text}: the value is not valid YAML ({one_line(error)}); quote it: '\"...\"'"
         ) from error
     for depth, part in enumerate(parts[:-1], start=1):
         if values.get(part) is None:
@@ -167,7 +178,7 @@ def _explain(
             choices = re.findall(r"'([^']*)'", found[0]["ctx"]["expected"])
             text += _did_you_mean(difflib.get_close_matches(str(value), choices, n=1))
     more = len(problems) - 1
-    return _one_line(f"{origin}: {text.lstrip('; ')}" + (f" (and {more} more)" if more else ""))
+    return one_line(f"{origin}: {text.lstrip('; ')}" + (f" (and {more} more)" if more else ""))
 
 
 def _locate(values: Any, location: Sequence[str | int], *, is_missing: bool) -> tuple[list[str], Any]:
@@ -226,7 +237,3 @@ def _allowed(model: type[BaseModel], dotted: str, problem: Any) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

@@ -13,13 +13,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
-from latentvae.data.keyed import split_by_key
 from latentvae.data.sources import open_source
 from latentvae.errors import UserError
 from latentvae.evaluation.metrics import psnr
 from latentvae.export import export_model
 from latentvae.files import check_writable, write_json
 from latentvae.images import PixelFormat, center_crop, decode, from_model, image_grid, resize_shorter_side, save_image
+from latentvae.keyed import split_by_key
 from latentvae.latents.dataset import LatentDataset
 from latentvae.latents.decode import decode_store
 from latentvae.latents.encode import encode_dataset

@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints the message and exits 2. Any other exception keeps its traceback.
     """
+
+
+def one_line(error: object) -> str:
+    """What an exception says, with every run of white space as one blank."""
+    return " ".join(str(error).split())

@@ -15,7 +15,8 @@ from latentvae.errors import UserError
 TEMPORARY_MARK = ".tmp-"  # every unfinished file or folder of ours has it in its name
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that nothing else has, for what is not whole yet."""
     return path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -39,7 +40,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode
     try:
@@ -64,7 +65,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: choose another folder or allow overwriting")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -76,7 +77,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         _fsync(temporary)
         old = None
         if path.exists():
-            old = _temporary(path)
+            old = temporary_path(path)
             os.rename(path, old)
         os.rename(temporary, path)
         _fsync(path.parent)
@@ -114,7 +115,7 @@ def check_writable(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = _temporary(folder / "probe")
+        probe = temporary_path(folder / "probe")
         probe.touch()
         probe.unlink(missing_ok=True)  # another process may have swept it
     except OSError as error:

@@ -14,11 +14,11 @@ from pydantic import BaseModel, Field
 
 from latentvae.checkpoint import load_model
 from latentvae.config import dump_yaml, load_config
-from latentvae.data.keyed import key_hash, split_by_key
 from latentvae.data.pipeline import Batch, DataConfig, UnreadableImages, training_batches, validation_batches
 from latentvae.data.sources import ImageSource, open_source
 from latentvae.errors import UserError
 from latentvae.images import PixelFormat
+from latentvae.keyed import key_hash, split_by_key
 from latentvae.losses.discriminator import PatchDiscriminator
 from latentvae.losses.objective import LossConfig, Objective
 from latentvae.losses.perceptual import check_size

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from latentvae import __version__
-from latentvae.errors import UserError
+from latentvae.errors import UserError, one_line
 
 app = typer.Typer(
     name="latentvae",
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments))
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
         logger.removeHandler(handler)

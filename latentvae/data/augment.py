@@ -5,7 +5,6 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
-from latentvae.data.keyed import uniforms
 from latentvae.images import (
     DecodePolicy,
     ImageError,
@@ -16,6 +15,7 @@ from latentvae.images import (
     shorter_side_size,
 )
 from latentvae.images.pixels import PixelDtype
+from latentvae.keyed import uniforms
 
 
 class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentvae.data.augment import DataConfig, augment
-from latentvae.data.keyed import key_hash, permutation, split_by_key, uniforms
 from latentvae.data.sources import ImageSource
 from latentvae.data.unreadable import UnreadableImages
 from latentvae.data.workers import load_batches
 from latentvae.errors import UserError
 from latentvae.images import ImageError, PixelFormat
+from latentvae.keyed import key_hash, permutation, split_by_key, uniforms
 
 __all__ = [
     "Batch",

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, one_line
 from latentvae.images import IMAGE_EXTENSIONS, DecodePolicy, ImageError, PixelFormat, conform, decode, from_pillow
 
 # kinds of source that are recognised only to be refused by name
@@ -179,9 +179,7 @@ class PythonSource:
         try:
             item = self._items[position]
         except Exception as error:
-            raise ImageError(
-                f"the source raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            ) from error
+            raise ImageError(f"the source raised {type(error).__name__}: {one_line(error)[:200]}") from error
         key = self._field(item, "key", position)
         if key != self._entries[index].key:
             raise UserError(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, one_line
 
 ExampleT = TypeVar("ExampleT")
 BatchT = TypeVar("BatchT")
@@ -93,6 +93,6 @@ def load_batches(
                 raise
             raise UserError(
                 "a worker process that reads images died: out of memory or of shared memory (/dev/shm), or a crash "
-                f"in a decoder; lower data.num_workers, or set it to 0 to see why ({' '.join(str(error).split())})"
+                f"in a decoder; lower data.num_workers, or set it to 0 to see why ({one_line(error)})"
             ) from error
         yield batch

@@ -12,6 +12,7 @@ from typing import IO, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from latentvae.errors import one_line
 from latentvae.images.colour import to_srgb
 from latentvae.images.pixels import DecodePolicy, ImageError, PixelFormat, conform
 from latentvae.images.samples import read_samples
@@ -74,7 +75,7 @@ def _errors_told() -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         else:
-            reason = " ".join(str(error).split()) or "no further explanation"
+            reason = one_line(error) or "no further explanation"
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {reason[:200]})") from error
 
 

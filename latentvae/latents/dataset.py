@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 
 from latentvae.checkpoint import model_hashes
 from latentvae.errors import UserError
+from latentvae.keyed import keyed_noise
 from latentvae.latents.fingerprint import fingerprint, require_same
 from latentvae.latents.plan import read_plan
 from latentvae.latents.records import TENSORS, Manifest
+from latentvae.latents.settings import resolved_model
 from latentvae.latents.store import LatentStore, Shard, open_shard, read_index
-from latentvae.model.autoencoder import AutoencoderKL as OurAutoencoderKL
-from latentvae.model.noise import keyed_noise
 from latentvae.model.scaling import LatentScaling
 
 MAX_OPEN_SHARDS = 512  # maps per process; the kernel allows 65,530 by default
@@ -209,6 +209,5 @@ def _require_posterior(manifest: Manifest, posterior: str, where: str) -> None:
 
 
 def _require_encoder(manifest: Manifest, vae: AutoencoderKL, where: str) -> None:
-    ours = vae if isinstance(vae, OurAutoencoderKL) else OurAutoencoderKL.from_diffusers(vae)
-    there, here = {"encoder": manifest.vae.encoder}, {"encoder": model_hashes(ours).encoder}
+    there, here = {"encoder": manifest.vae.encoder}, {"encoder": model_hashes(resolved_model(vae)).encoder}
     require_same(there, here, where, "pass the VAE that made it, or encode again")

@@ -17,7 +17,7 @@ from latentvae.files import check_writable
 from latentvae.images import PixelFormat, from_model, save_image
 from latentvae.latents.dataset import LatentDataset
 from latentvae.latents.encoder import reproducible_float32
-from latentvae.latents.settings import resolved_device
+from latentvae.latents.settings import resolved_device, resolved_model
 from latentvae.latents.store import LatentStore
 from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.progress import ImageProgress
@@ -66,7 +66,7 @@ def decode_store(
     dataset = LatentDataset(store, posterior=posterior, normalize=False, partial=True)
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: it must be at least 1")
-    model = _model(vae) if vae is not None else _recorded_model(manifest.vae.name, str(store))
+    model = resolved_model(vae) if vae is not None else _recorded_model(manifest.vae.name, str(store))
     if model.config.latent_channels != manifest.latent_channels:
         raise UserError(
             f"{store} has {manifest.latent_channels} latent channels, the VAE {model.config.latent_channels}: pass the "
@@ -131,12 +131,6 @@ def _safe_part(part: str) -> str:
         return name
     digest = hashlib.sha256(data).hexdigest()[:16]
     return f"{data[: MAX_NAME_BYTES - 17].decode('utf-8', 'ignore')}-{digest}"
-
-
-def _model(vae: AutoencoderKL | str | Path) -> AutoencoderKL:
-    if isinstance(vae, AutoencoderKL):
-        return vae
-    return load_model(vae) if isinstance(vae, str | Path) else AutoencoderKL.from_diffusers(vae)
 
 
 def _recorded_model(name: str | None, where: str) -> AutoencoderKL:

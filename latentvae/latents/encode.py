@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentvae.checkpoint import load_model
 from latentvae.data.sources import ImageSource, open_source
 from latentvae.data.workers import load_batches
-from latentvae.errors import UserError
+from latentvae.errors import UserError, one_line
 from latentvae.files import check_writable
 from latentvae.images import PixelFormat
 from latentvae.latents.encoder import LatentEncoder
@@ -24,7 +23,14 @@ from latentvae.latents.lock import ExclusiveLock
 from latentvae.latents.preprocess import Piece, UnitImages
 from latentvae.latents.records import TENSORS, CommitRecord, Counts, IndexRow
 from latentvae.latents.resume import OpenedStore, open_store, require_empty
-from latentvae.latents.settings import EncodeConfig, bucket_of, environment, resolved_config, resolved_device
+from latentvae.latents.settings import (
+    EncodeConfig,
+    bucket_of,
+    environment,
+    resolved_config,
+    resolved_device,
+    resolved_model,
+)
 from latentvae.latents.store import LatentStore, read_index
 from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.progress import ImageProgress
@@ -90,9 +96,7 @@ def encode_dataset(
     is full (what is committed stays, and the run can be continued), and with `strict` any error row, at the end.
     """
     config = resolved_config(config, options)
-    model = load_model(vae) if isinstance(vae, str | Path) else vae
-    if not isinstance(model, AutoencoderKL):
-        model = AutoencoderKL.from_diffusers(model)
+    model = resolved_model(vae)
     name = str((vae if isinstance(vae, str | Path) else model.config.get("_name_or_path")) or "") or None
     pixels = config.pixels or PixelFormat(channels=model.config.in_channels)
     if pixels.channels != model.config.in_channels:
@@ -255,7 +259,7 @@ def _explained(store: LatentStore, state: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or one_line(error)
         raise UserError(
             f"cannot write to {store.folder}: {reason}; {state}mend that and run the same command again"
         ) from error

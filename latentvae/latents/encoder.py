@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from latentvae.images import PixelFormat, to_model
+from latentvae.keyed import keyed_noise
 from latentvae.latents.records import DTYPES, TENSORS, StoreDtype, StoreKind
 from latentvae.model.autoencoder import AutoencoderKL
-from latentvae.model.noise import keyed_noise
 from latentvae.model.posterior import Posterior
 
 Precision = Literal["fp32", "bf16", "fp16"]

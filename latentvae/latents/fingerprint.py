@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from latentvae.config import flatten
 from latentvae.errors import UserError
 from latentvae.files import canonical_json
 
@@ -23,16 +24,6 @@ def fingerprint(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(_shown(item) for item in value)
@@ -42,7 +33,7 @@ def _shown(value: Any) -> str:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """One phrase per field that differs, the dotted field named first; empty where the two are equal."""
-    old, new = _flat(plain(there)), _flat(plain(here))
+    old, new = flatten(plain(there)), flatten(plain(here))
     phrases = []
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name) or (name in old) != (name in new):

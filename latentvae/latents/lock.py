@@ -11,7 +11,7 @@ from typing import Any, Self
 import psutil
 
 from latentvae.errors import UserError
-from latentvae.files import TEMPORARY_MARK
+from latentvae.files import temporary_path
 
 START_TOLERANCE = 2.0  # seconds; a process start read twice differs by the clock's adjustment at most
 
@@ -45,7 +45,7 @@ class ExclusiveLock:
 
     def _publish(self) -> bool:
         """Put the file there, whole; False where one is there."""
-        temporary = self.path.with_name(f".{self.path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+        temporary = temporary_path(self.path)
         try:
             temporary.write_text(json.dumps(self.owner), encoding="utf-8")
             return rename_new(temporary, self.path) and self.is_held()

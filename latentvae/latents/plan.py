@@ -8,7 +8,6 @@ keys, so that every unit is a fair sample of the set.
 import hashlib
 import itertools
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentvae.data.sources import SourceEntry
-from latentvae.errors import UserError
-from latentvae.files import TEMPORARY_MARK
+from latentvae.errors import UserError, one_line
+from latentvae.files import temporary_path
 from latentvae.images import DecodePolicy, ImageError, probe_size
 from latentvae.latents.lock import rename_new
 from latentvae.latents.records import SCHEMA, Bucket
@@ -142,7 +141,7 @@ def publish(folder: Path, images: Sequence[PlannedImage]) -> Path:
     """Write the next plan file, whole or not at all; a plan file that exists is never replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"plan-{len(plan_files(folder)):04d}.parquet"
-    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = temporary_path(path)
     try:
         columns = [pa.array([getattr(image, column.name) for image in images], column.type) for column in PLAN]
         pq.write_table(pa.Table.from_arrays(columns, schema=PLAN), temporary)
@@ -162,7 +161,7 @@ def read_plan(folder: Path) -> Plan:
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"cannot read the plan {path}: {' '.join(str(error).split())}") from error
+            raise UserError(f"cannot read the plan {path}: {one_line(error)}") from error
         if not table.schema.equals(PLAN):
             raise UserError(f"the plan {path} does not have the columns of schema {SCHEMA}")
         columns = [table[name].to_pylist() for name in PLAN.names]

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -10,6 +11,7 @@ import PIL
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
+from latentvae.checkpoint import load_model
 from latentvae.errors import UserError
 from latentvae.images import DecodePolicy, PixelFormat
 from latentvae.images.geometry import ResizeFilter
@@ -75,6 +77,13 @@ def resolved_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return torch.device(name)
+
+
+def resolved_model(vae: diffusers.AutoencoderKL | str | Path) -> AutoencoderKL:
+    """Our class: what was given if it is one, else around plain diffusers' tensors, else what `load_model` finds."""
+    if isinstance(vae, AutoencoderKL):
+        return vae
+    return load_model(vae) if isinstance(vae, str | Path) else AutoencoderKL.from_diffusers(vae)
 
 
 def bucket_of(config: EncodeConfig, model: AutoencoderKL) -> Bucket:

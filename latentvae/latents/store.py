@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, one_line
 from latentvae.files import atomic_file, canonical_json, sha256_file, write_json
 from latentvae.latents.records import (
     INDEX,
@@ -140,7 +140,7 @@ def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         table = pq.read_table(path, columns=columns)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read the index {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot read the index {path}: {one_line(error)}") from error
     if columns is None and not table.schema.equals(INDEX):
         raise UserError(f"the index {path} does not have the columns of schema {SCHEMA}")
     return table

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, one_line
 from latentvae.losses.terms import widened
 
 PerceptualNet = Literal["vgg", "alex", "squeeze"]
@@ -50,7 +50,7 @@ def _obtain_weights(net: str) -> Path:
             prefix = path.stem.rpartition("-")[2]
             torch.hub.download_url_to_file(WEIGHTS_URL + name, str(path), hash_prefix=prefix, progress=False)
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(
             f"LPIPS-{net} needs {name}, which is not in {path.parent} and could not be downloaded ({reason}): "
             f"put {WEIGHTS_URL}{name} there (TORCH_HOME moves the folder), or set loss.perceptual=none"
@@ -69,7 +69,7 @@ def _load_lpips(net: str) -> nn.Module:
             network: nn.Module = lpips.LPIPS(net=net, verbose=False)
     except Exception as error:
         raise UserError(
-            f"LPIPS-{net} cannot be built from {path} ({type(error).__name__}: {' '.join(str(error).split())[:200]}): "
+            f"LPIPS-{net} cannot be built from {path} ({type(error).__name__}: {one_line(error)[:200]}): "
             "if the file is damaged, delete it so that it is fetched again"
         ) from error
     return network.eval().requires_grad_(False)

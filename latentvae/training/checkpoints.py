@@ -79,16 +79,19 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    folder: Path, *, networks: dict[str, TrainedNetwork], ema: ExponentialMovingAverage | None
-) -> dict[str, Any]:
-    """Fill discriminator, optimizers and average in place; returns the state that was saved.
+    folder: Path,
+    state: dict[str, Any],
+    *,
+    networks: dict[str, TrainedNetwork],
+    ema: ExponentialMovingAverage | None,
+) -> None:
+    """Fill discriminator, optimizers and average in place; `state` is what `read_state` gave.
 
     The weights of the autoencoder are read by `load_weights`.
 
     Raises:
         UserError: a file is missing or damaged, or was made by a run with other networks.
     """
-    state = read_state(folder)
     try:
         if set(state["optimizers"]) != set(networks):
             raise UserError(
@@ -108,7 +111,6 @@ def load_checkpoint(
         raise
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{folder} cannot be resumed from: {str(error).splitlines()[0]}") from error
-    return state
 
 
 def load_weights(folder: Path, vae: AutoencoderKL) -> None:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from latentvae.config import flatten
 from latentvae.images import PixelFormat, save_image
 from latentvae.training.run_dir import RunDirectory
 from latentvae.training.validation import ValidationResult
@@ -34,7 +35,9 @@ class RunRecord:
             self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
             logger.addHandler(self._handler)
         if self.accelerator.log_with:
-            self.accelerator.init_trackers("latentvae", config=flatten(self.settings))
+            flat = flatten(self.settings)
+            plain = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in flat.items()}
+            self.accelerator.init_trackers("latentvae", config=plain)
         return self
 
     def __exit__(
@@ -87,18 +90,8 @@ class RunRecord:
                     tracker.log_images({"validation/reconstructions": result.picture[None]}, images_seen, **layout)
 
 
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Nested settings as one level of dotted names and plain values."""
-    flat: dict[str, int | float | str | bool] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
-
-
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`name: old -> new` for every flattened setting that differs."""
+    """`dotted.name: old -> new` for every setting that differs."""
+    before, now = flatten(before), flatten(now)
     names = list(dict.fromkeys([*before, *now]))
     return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]

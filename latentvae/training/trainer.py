@@ -23,7 +23,7 @@ from latentvae.training.checkpoints import TrainedNetwork, load_checkpoint, load
 from latentvae.training.config import TrainingConfig
 from latentvae.training.ema import ExponentialMovingAverage
 from latentvae.training.optim import make_optimizer
-from latentvae.training.record import RunRecord, changes, flatten
+from latentvae.training.record import RunRecord, changes
 from latentvae.training.run_dir import RunDirectory
 from latentvae.training.signals import StopSignals
 from latentvae.training.update import Updater
@@ -92,6 +92,7 @@ class Trainer:
         self.progress = progress and accelerator.is_main_process
         self.images_seen = 0
         self.metrics: dict[str, float] = {}
+        state = read_state(resume) if resume is not None else {}
         self._measured_at = -1  # images_seen when the scaling in the model's config was measured
 
         modules: dict[str, nn.Module] = {"autoencoder": vae}
@@ -108,7 +109,7 @@ class Trainer:
                 if part is not None:
                     part.requires_grad_(False)
         if resume is not None:
-            self._compare_settings(resume)
+            self._compare_settings(resume, state)
             load_weights(resume / "model", vae)
         self.vae = vae
         self.ema: ExponentialMovingAverage | None = None
@@ -126,7 +127,8 @@ class Trainer:
             )
             for name, module in modules.items()
         }
-        state = load_checkpoint(resume, networks=self.networks, ema=self.ema) if resume is not None else {}
+        if resume is not None:
+            load_checkpoint(resume, state, networks=self.networks, ema=self.ema)
         self.updater = Updater(
             config, accelerator, objective, self.networks, vae, pixels, seconds_before=state.get("seconds", 0.0)
         )
@@ -135,9 +137,9 @@ class Trainer:
         if accelerator.is_main_process:
             run.drop_metrics_after(self.images_seen)
 
-    def _compare_settings(self, resume: Path) -> None:
+    def _compare_settings(self, resume: Path, state: dict[str, Any]) -> None:
         """Say what changed since the checkpoint was made; another model is refused."""
-        changed = sorted(changes(flatten(read_state(resume)["recipe"]), flatten(self.settings)))
+        changed = sorted(changes(state["recipe"], self.settings))
         architecture = [line for line in changed if line.startswith("model.")]
         if architecture:
             raise UserError(f"{resume} was made with another model: {'; '.join(architecture)}; use another --out")

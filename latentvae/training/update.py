@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from latentvae.data.pipeline import Batch
 from latentvae.images import PixelFormat, to_model
+from latentvae.keyed import keyed_noise
 from latentvae.losses.objective import Objective
 from latentvae.model.autoencoder import AutoencoderKL
-from latentvae.model.noise import keyed_noise
 from latentvae.training.checkpoints import TrainedNetwork
 from latentvae.training.config import TrainingConfig
 from latentvae.training.optim import learning_rate_at, nonfinite_terms, set_learning_rate

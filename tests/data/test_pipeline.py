@@ -14,7 +14,6 @@ from PIL import Image
 from pydantic import ValidationError
 
 from latentvae.data.augment import augment
-from latentvae.data.keyed import permutation, uniforms
 from latentvae.data.pipeline import (
     Batch,
     DataConfig,
@@ -27,6 +26,7 @@ from latentvae.data.pipeline import (
 from latentvae.data.sources import open_source
 from latentvae.errors import UserError
 from latentvae.images import PixelFormat, center_crop, resize_shorter_side
+from latentvae.keyed import permutation, uniforms
 
 RGB = PixelFormat()
 GRAY16 = PixelFormat(channels=1, dtype="uint16")

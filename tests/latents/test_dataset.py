@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from latentvae.errors import UserError
 from latentvae.images import PixelFormat, center_crop, decode, resize_shorter_side, to_model
+from latentvae.keyed import keyed_noise
 from latentvae.latents.dataset import LatentDataset
 from latentvae.latents.store import LatentStore
-from latentvae.model.noise import keyed_noise
 from tests.latents.stores import tiny_vae
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from latentvae.keyed import keyed_noise
 from latentvae.model.autoencoder import AutoencoderKL
-from latentvae.model.noise import keyed_noise
 from latentvae.training.step import AutoencoderStep
 
 

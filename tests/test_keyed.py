@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentvae.model.noise import keyed_noise
+from latentvae.keyed import keyed_noise
 
 
 def test_noise_depends_on_the_key_alone():

@@ -1,16 +1,18 @@
-"""Choices that follow from keys and numbers alone: no random state to save, none to get out of step."""
+"""Choices and noise that follow from keys and numbers alone: no random state to save, none to get out of step."""
 
 import functools
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from latentvae.errors import UserError
 
 
 def key_hash(*parts: object) -> bytes:
-    """The sha256 of keys and numbers, from which every keyed choice about data is made (32 bytes)."""
+    """The sha256 of keys and numbers, from which every keyed choice is made (32 bytes)."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()
 
 
@@ -42,3 +44,14 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     key = int.from_bytes(key_hash("order", seed, epoch)[:16], "big")
     words = np.random.Philox(key=key).random_raw(count)
     return np.argsort(words, kind="stable")
+
+
+def keyed_noise(shape: Sequence[int], *key: str | int) -> Tensor:
+    """Standard normal float32 of `shape` on the CPU, decided by `key` alone, such as (seed, epoch, image key).
+
+    So world size, micro-batches, workers, devices and resumes change nothing. Philox is a counter-based generator
+    (Salmon et al. 2011) that takes 128 bits of the key's sha256; torch's CPU generator would take 32, and among 65,000
+    images two could be expected to share their noise.
+    """
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key_hash(*key)[:16], "little")))
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
