@@ -1,29 +1,34 @@
 """A model on disk: atomic save, strict load from wherever a model may lie, and hashes that identify it."""
 
 import hashlib
+import inspect
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants, get_session
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentvae.errors import UserError
-from latentvae.files import atomic_folder, canonical_json
-from latentvae.model.autoencoder import CONFIG_FIELDS, AutoencoderKL
+from latentvae.files import atomic_folder, canonical_json, write_json
+from latentvae.model.autoencoder import AutoencoderKL, refuse_keys
+from latentvae.model.hashes import weights_hash
 from latentvae.model.scaling import LatentScaling
+from latentvae.model.single_file import single_file_config
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WRITTEN_ONLY = ("block_out_channels", "force_upcast")  # by tiny and asymmetric classes that do not take them
 
 # The config.json fields that, with the weights, decide what each half computes.
 _ENCODER_FIELDS = ("in_channels", "down_block_types", "use_quant_conv")
@@ -116,37 +121,41 @@ def load_model(
     """Load a model, in eval mode, from a diffusers folder, a hub id or an LDM-layout `.safetensors` file.
 
     The weights become `torch_dtype`, float32 unless given. A single file holds no configuration: `config.json` beside
-    it is used where there is one; otherwise diffusers recognises the family from the tensors and fetches its
-    configuration from the hub. Where the hub cannot be reached, its local cache is used.
+    it is used where there is one; otherwise the architecture is read from the tensors, and the other parts of a whole
+    checkpoint tell its latent scaling. Where the hub cannot be reached, its local cache is used.
     UserError in one line for whatever the user can mend: nothing there, a pickle, another class, misfits.
     """
+    options = {"subfolder": subfolder, "revision": revision, "variant": variant, "torch_dtype": torch_dtype}
+    vae: AutoencoderKL = load_class(source, {"AutoencoderKL": AutoencoderKL}, **options)
+    return vae
+
+
+def load_class(source: str | Path, classes: Mapping[str, Any], **options: Any) -> Any:
+    """`load_model` for several classes: by the name in config.json, the diffusers class that reads such a folder.
+
+    Args:
+        source: as in `load_model`; a single file is an AutoencoderKL.
+        classes: what is allowed. UserError for any other class, and for a missing or unexpected weight of any.
+        options: those of `load_model`; None means not given.
+    """
     path = Path(source).expanduser()
-    options: dict[str, Any] = {
-        "subfolder": subfolder,
-        "revision": revision,
-        "variant": variant,
-        "torch_dtype": torch_dtype,
-    }
     options = {key: value for key, value in options.items() if value is not None}
     options["disable_mmap"] = True  # Windows neither replaces nor deletes a file while it is mapped
     if path.is_dir():
-        if revision is not None:
+        if "revision" in options:
             raise UserError(f"{path} is a folder: a revision is for hub ids only")
-        _check_folder(path, subfolder)
-        return _from_pretrained(path, options)
+        _check_folder(path, options.get("subfolder"))
+        return _from_pretrained(path, classes, options)
     if path.is_file():
-        if subfolder is not None or revision is not None or variant is not None:
+        if options.keys() & {"subfolder", "revision", "variant"}:
             raise UserError(f"{path} is a single file: subfolder, revision and variant do not apply to it")
         return _from_single_file(path, options)
     if path.suffix.lower() not in (*PICKLE_SUFFIXES, ".safetensors") and _HUB_ID.fullmatch(str(source)):
-        return _from_hub(str(source), options)
+        return _from_hub(str(source), classes, options)
     raise UserError(f"no model at {source}: give a diffusers folder, a .safetensors file or a hub id (owner/name)")
 
 
-_PICKLE_ADVICE = (
-    "a pickle, which can run code when it is read: have the tool that wrote it save .safetensors, "
-    "or read it with torch.load(weights_only=True) and write it with safetensors.torch.save_file"
-)
+_PICKLE_ADVICE = "a pickle, which can run code when it is read: `latentvae convert` reads it safely and writes a folder"
 
 
 def _check_folder(folder: Path, subfolder: str | None) -> None:
@@ -165,33 +174,38 @@ def _check_folder(folder: Path, subfolder: str | None) -> None:
     raise UserError(f"{inside} has no weights (diffusion_pytorch_model.safetensors)")
 
 
-def _from_pretrained(source: str | Path, options: Mapping[str, Any]) -> AutoencoderKL:
+def _from_pretrained(source: str | Path, classes: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     """Load a local folder or a hub id, strictly; what diffusers raises becomes one line."""
     where = {key: options[key] for key in ("subfolder", "revision", "local_files_only") if key in options}
     try:
-        with _quiet_diffusers():
+        with quiet_diffusers():
             config = AutoencoderKL.load_config(source, **where)
             if not isinstance(config, dict):
                 raise UserError(f"{source} has a {CONFIG_FILE} that holds no fields")
             class_name = config.get("_class_name", "AutoencoderKL")
-            if class_name != "AutoencoderKL":
-                raise UserError(f"{source} is a model of class {class_name}: only AutoencoderKL is supported")
-            vae = AutoencoderKL.from_pretrained(source, **options)
+            if class_name not in classes:
+                allowed = f"{', '.join(classes)} {'is' if len(classes) == 1 else 'are'} supported"
+                raise UserError(f"{source} is a model of class {class_name}: only {allowed}")
+            model, info = classes[class_name].from_pretrained(
+                source, use_safetensors=True, output_loading_info=True, **options
+            )
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source} cannot be loaded: {first_line(error)}") from error
-    unknown = [key for key in config if key not in CONFIG_FIELDS and not key.startswith("_")]
+    refuse_keys(source, info["missing_keys"], info["unexpected_keys"])
+    known = {*inspect.signature(classes[class_name].__init__).parameters, *_WRITTEN_ONLY}
+    unknown = [key for key in config if key not in known and not key.startswith("_")]
     if unknown:
-        logger.warning("%s: fields of config.json that AutoencoderKL does not have: %s", source, ", ".join(unknown))
-    return vae
+        logger.warning("%s: fields of config.json that %s does not have: %s", source, class_name, ", ".join(unknown))
+    return model
 
 
-def _from_hub(source: str, options: Mapping[str, Any]) -> AutoencoderKL:
+def _from_hub(source: str, classes: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     """Load a hub id, from the local cache where the hub cannot be reached."""
     reachable = _hub_is_reachable()
     try:
-        return _from_pretrained(source, {**options, "local_files_only": not reachable})
+        return _from_pretrained(source, classes, {**options, "local_files_only": not reachable})
     except UserError as error:
         if not isinstance(error.__cause__, OSError):
             raise
@@ -208,18 +222,36 @@ def _from_single_file(path: Path, options: Mapping[str, Any]) -> AutoencoderKL:
         raise UserError(f"{path} is {_PICKLE_ADVICE}")
     if path.suffix.lower() != ".safetensors":
         raise UserError(f"{path} is not a model: give a diffusers folder, a .safetensors file or a hub id")
-    if (path.parent / CONFIG_FILE).is_file():
-        options = {**options, "config": str(path.parent)}
-    else:
-        options = {**options, "local_files_only": not _hub_is_reachable()}
     try:
-        with _quiet_diffusers():
-            return AutoencoderKL.from_single_file(str(path), **options)
+        if (path.parent / CONFIG_FILE).is_file():
+            return _with_config(path, path.parent, options)
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+        return from_tensors(path, single_file_config(shapes, path), **options)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}") from error
+
+
+def from_tensors(source: Path | dict[str, Tensor], config: Mapping[str, Any], **options: Any) -> AutoencoderKL:
+    """The autoencoder in a single safetensors file, or in its tensors, with these fields of config.json.
+
+    `options`: of diffusers' `from_single_file`. UserError where file and fields do not fit.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # diffusers takes a folder or a hub id, not the fields
+        write_json(Path(folder) / CONFIG_FILE, {"_class_name": "AutoencoderKL", **config})
+        return _with_config(source, Path(folder), options)
+
+
+def _with_config(source: Path | dict[str, Tensor], folder: Path, options: Mapping[str, Any]) -> AutoencoderKL:
+    name = "the file" if isinstance(source, dict) else source
+    weights = source if isinstance(source, dict) else str(source)
+    try:
+        with quiet_diffusers():
+            return AutoencoderKL.from_single_file(weights, **{**options, "config": str(folder)})
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        advice = "" if "config" in options else f"; put the model's {CONFIG_FILE} beside it"
-        raise UserError(f"{path} cannot be loaded: {first_line(error)}{advice}") from error
+        raise UserError(f"{name} cannot be loaded: {first_line(error)}") from error
 
 
 def _hub_is_reachable() -> bool:
@@ -232,7 +264,7 @@ def _hub_is_reachable() -> bool:
 
 
 @contextmanager
-def _quiet_diffusers() -> Iterator[None]:
+def quiet_diffusers() -> Iterator[None]:
     """Mute diffusers' log lines about what is an error here anyway."""
     library = logging.getLogger("diffusers")
     level = library.level
@@ -252,20 +284,14 @@ def first_line(error: Exception) -> str:
 def model_hashes(vae: AutoencoderKL) -> ModelHashes:
     """Hash a model's weights and the fields of its config.json that change what it computes."""
     state = vae.state_dict()
-    encoder = _hash(vae, state, ("encoder.", "quant_conv."), _ENCODER_FIELDS + _SHARED_FIELDS)
-    decoder = _hash(vae, state, ("decoder.", "post_quant_conv."), _DECODER_FIELDS + _SHARED_FIELDS)
-    scaling = asdict(LatentScaling.from_config(vae.config))
+    config = dict(vae.config) | {"act_fn": "silu"}  # the only one there is, under two names
+    encoder, decoder = (
+        weights_hash({name: config[name] for name in (*fields, *_SHARED_FIELDS)}, state, prefixes)
+        for fields, prefixes in (
+            (_ENCODER_FIELDS, ("encoder.", "quant_conv.")),
+            (_DECODER_FIELDS, ("decoder.", "post_quant_conv.")),
+        )
+    )
+    scaling = LatentScaling.from_config(vae.config).to_dict()
     model = hashlib.sha256(canonical_json({"encoder": encoder, "decoder": decoder, "scaling": scaling})).hexdigest()
     return ModelHashes(encoder=encoder, decoder=decoder, model=model)
-
-
-def _hash(vae: AutoencoderKL, state: Mapping[str, Tensor], prefixes: tuple[str, ...], fields: Iterable[str]) -> str:
-    """Hex sha256 of the chosen config fields and, by sorted name, each tensor's name, dtype, shape and values."""
-    architecture = {name: vae.config[name] for name in fields}
-    architecture["act_fn"] = "silu"  # the only one there is, under two names
-    digest = hashlib.sha256(canonical_json(architecture))
-    for name in sorted(key for key in state if key.startswith(prefixes)):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -1,6 +1,5 @@
-"""Commands about models: demo, train, export, recipes, info."""
+"""Commands about models: demo, train, convert, recipes, info."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Annotated, Literal
@@ -68,32 +67,35 @@ def train(
 
 
 @app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="model folder, hub id, or single .safetensors file")],
+def convert(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="one weight file, or encoder and decoder of a tiny autoencoder (or what their paths share)"
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="folder to write")],
-    format: Annotated[
-        Literal["diffusers"], typer.Option(help="layout of the files; diffusers is the one there is")
-    ] = "diffusers",
-    dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="of the written weights")] = None,
+    arch: Annotated[
+        Literal["auto", "sd1", "sdxl", "sd3", "flux1", "taesd"],
+        typer.Option(help="family, whose latent scaling no file holds; taesd: tiny autoencoders"),
+    ] = "auto",
+    scaling_factor: Annotated[float | None, typer.Option(help="in place of the family's")] = None,
+    shift_factor: Annotated[float | None, typer.Option(help="in place of the family's")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="also upload it as this repository")] = None,
 ) -> None:
-    """Write a model for diffusers, and prove it.
+    """Turn a weight file of another tool into a diffusers folder.
 
-    It is loaded back with plain diffusers, and configuration and outputs are compared, before success is reported.
+    Takes LDM, CompVis and Stability files, whole Stable Diffusion checkpoints, and TAESD's tiny autoencoders, as
+    safetensors or as pickles (read without running their code). The folder is loaded back and compared.
     """
-    from latentvae.export import export_model
+    from latentvae.convert import convert_model
 
-    metrics_file = Path(model) / "metrics.json"  # beside the model of a finished run
-    metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else None
-    report = export_model(
-        model, out, overwrite=overwrite, metrics=metrics, **given(dtype=dtype, push_to_hub=push_to_hub)
-    )
-    print(f"{report.folder}: {report.num_parameters:,} parameters in {report.dtype}, {report.num_bytes / 1e6:.1f} MB")
-    print(
-        f"loaded back with plain diffusers: reconstructions differ by {report.reconstruction_difference:.1e}, "
-        f"by rounding to {report.dtype} {report.rounding_difference:.1e} (relative, on {report.checked_on})"
-    )
+    options = given(scaling_factor=scaling_factor, shift_factor=shift_factor)
+    report = convert_model(files, out, arch=arch, overwrite=overwrite, **options)
+    print(f"{report.folder}: {report.class_name}, {report.num_parameters:,} parameters in {report.dtype}")
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"loaded back: weights equal, outputs differ by {report.difference:.1e} (relative)")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from latentvae.errors import UserError
 from latentvae.model.encoder_decoder import Decoder, Encoder
 from latentvae.model.presets import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES, check_architecture, preset_config
+from latentvae.model.single_file import autoencoder_tensors
 
 DiffusersAutoencoderKL: Any = diffusers.AutoencoderKL  # type checkers see an empty stand-in under the lazy import
 _INIT = DiffusersAutoencoderKL.__init__
@@ -27,9 +28,6 @@ _SHARED_FIELDS = (  # what both networks are built from
     "mid_block_add_attention",
 )
 
-# Where the autoencoder lies in single files: inside a whole Stable Diffusion, or alone.
-_SINGLE_FILE_PREFIXES = ("first_stage_model.", "vae.", "")
-_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _DOWNLOAD_OPTIONS = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
 
 
@@ -88,7 +86,7 @@ class AutoencoderKL(DiffusersAutoencoderKL):
             model = cls.from_config(vae.config)
         state = vae.state_dict(keep_vars=True)
         expected = dict(model.named_parameters())
-        _refuse_keys("the given model", expected.keys() - state.keys(), state.keys() - expected.keys())
+        refuse_keys("the given model", expected.keys() - state.keys(), state.keys() - expected.keys())
         for name, parameter in expected.items():
             parameter.requires_grad_(state[name].requires_grad)  # loading would write ours on the shared tensor
         model.load_state_dict(state, assign=True)
@@ -106,7 +104,7 @@ class AutoencoderKL(DiffusersAutoencoderKL):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
         )
-        _refuse_keys(pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"])
+        refuse_keys(pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"])
         return (model, info) if wants_info else model
 
     @classmethod
@@ -120,7 +118,7 @@ class AutoencoderKL(DiffusersAutoencoderKL):
                 raise UserError(f"{name} may be a pickle, which can run code when read: only .safetensors files are")
             options = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}
             source = load_single_file_checkpoint(name, **options)
-        tensors = _autoencoder_tensors(source)
+        tensors = autoencoder_tensors(source)
         if not tensors:
             raise UserError(f"{name} holds no autoencoder: no tensor named encoder.*, first_stage_model.* or vae.*")
         # Absent weights stay without memory ("meta"); diffusers then fails on them, or gives them to us.
@@ -130,7 +128,7 @@ class AutoencoderKL(DiffusersAutoencoderKL):
         except NotImplementedError as error:
             raise UserError(f"{name} lacks weights that its config.json asks for ({len(tensors)} found)") from error
         missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
-        _refuse_keys(name, missing, ())
+        refuse_keys(name, missing, ())
         # Names were mapped one to one, so that a difference in number is the layers that were passed over.
         if len(tensors) != len(model.state_dict()):
             raise UserError(
@@ -157,19 +155,9 @@ class AutoencoderKL(DiffusersAutoencoderKL):
 functools.update_wrapper(AutoencoderKL.__init__, _INIT)
 
 
-def _refuse_keys(source: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def refuse_keys(source: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Raise a UserError that counts and names what does not fit."""
     for what, keys in (("lacks", sorted(missing)), ("has, and should not,", sorted(unexpected))):
         if keys:
             more = "" if len(keys) == 1 else f" and {len(keys) - 1} more"
             raise UserError(f"{source} does not fit its config.json: it {what} {keys[0]}{more}")
-
-
-def _autoencoder_tensors(checkpoint: Iterable[str]) -> list[str]:
-    """The names in a single-file checkpoint that belong to its autoencoder."""
-    names = list(checkpoint)
-    for prefix in _SINGLE_FILE_PREFIXES:
-        found = [name for name in names if name.startswith(tuple(prefix + part for part in _PARTS))]
-        if found:
-            return found
-    return []

@@ -1,5 +1,6 @@
 """Raw and normalized latents, by hand and by the formulas of the pipelines."""
 
+import json
 import math
 
 import pytest
@@ -46,3 +47,53 @@ def test_both_directions_by_hand(changes, expected):
 def test_contradictions_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         LatentScaling.from_config(CONFIG | changes)
+
+
+def test_squares_become_channels_by_hand():
+    """Channel 0 holds 0..3 and channel 1 holds 4..7, row by row: each position of the square has its own statistics."""
+    scaling = LatentScaling(mean=tuple(map(float, range(8))), std=(1.0,) * 4 + (2.0,) * 4, patch=2)
+    raw = torch.arange(8.0).reshape(2, 2, 2) + 10
+    normalized = scaling.normalize(raw)
+    assert normalized.shape == (8, 1, 1)
+    assert normalized.flatten().tolist() == [10.0] * 4 + [5.0] * 4
+    assert torch.equal(scaling.denormalize(normalized), raw)
+    batch = torch.randn(3, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert scaling.normalize(batch).shape == (3, 8, 2, 3)
+    assert torch.equal(scaling.normalize(batch)[1, :, 1, 2], scaling.normalize(batch[1, :, 2:4, 4:6]).flatten())
+    with pytest.raises(UserError, match="multiples of 2"):
+        scaling.normalize(torch.zeros(1, 2, 4, 5))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LatentScaling(scale=0.18215, shift=0.1 + 0.2),
+        LatentScaling(mean=(1 / 3, -0.0), std=(1e-30, math.pi), scale=2.0),
+        LatentScaling(mean=(0.1,) * 4, std=(0.7,) * 4, patch=2),
+    ],
+)
+def test_dict_and_back_is_exact(scaling):
+    values = json.loads(json.dumps(scaling.to_dict()))
+    assert LatentScaling.from_dict(values) == scaling
+    assert set(values) == {"scale", "shift", "mean", "std", "patch"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"new": 1}, "are needed"),
+        ({"scale": "wide"}, "not a number"),
+        ({"scale": 0.0}, "may be 0"),
+        ({"scale": math.nan}, "must be finite"),
+        ({"mean": [0.0], "std": [0.0]}, "may be 0"),
+        ({"mean": [0.0]}, "or neither"),
+        ({"mean": [0.0], "std": [1.0, 1.0]}, "same channels"),
+        ({"patch": 0}, "whole number"),
+        ({"patch": 1.5}, "whole number"),
+    ],
+)
+def test_a_damaged_dict_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        LatentScaling.from_dict(LatentScaling().to_dict() | changes)
+    with pytest.raises(UserError, match="are needed"):
+        LatentScaling.from_dict({"scale": 1.0})

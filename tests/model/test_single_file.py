@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from latentvae.checkpoint import load_model
 from latentvae.errors import UserError
 from latentvae.model.autoencoder import AutoencoderKL
+from tests.model.ldm import ldm_weights
 from tests.model.pairs import TINY, make_pair, noise_images, relative
 
 # LDM files know attention in the middle only.
@@ -15,38 +16,6 @@ CONFIG = TINY | {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
 }
-LEVELS = 2
-
-
-def ldm_name(name):
-    """The name of a weight in the LDM layout."""
-    for level in range(LEVELS):
-        name = name.replace(f"down_blocks.{level}.resnets.", f"down.{level}.block.")
-        name = name.replace(f"down_blocks.{level}.downsamplers.0.", f"down.{level}.downsample.")
-        name = name.replace(f"up_blocks.{level}.resnets.", f"up.{LEVELS - 1 - level}.block.")
-        name = name.replace(f"up_blocks.{level}.upsamplers.0.", f"up.{LEVELS - 1 - level}.upsample.")
-    for new, old in {
-        "mid_block.resnets.0": "mid.block_1",
-        "mid_block.resnets.1": "mid.block_2",
-        "mid_block.attentions.0": "mid.attn_1",
-        "group_norm": "norm",
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "to_out.0": "proj_out",
-        "conv_shortcut": "nin_shortcut",
-        "conv_norm_out": "norm_out",
-    }.items():
-        name = name.replace(new, old)
-    return name
-
-
-def ldm_weights(vae, prefix=""):
-    weights = {}
-    for name, tensor in vae.state_dict().items():
-        is_attention = "attentions" in name and tensor.ndim == 2  # 1x1 convolutions there
-        weights[prefix + ldm_name(name)] = tensor[:, :, None, None].contiguous() if is_attention else tensor
-    return weights
 
 
 @pytest.fixture(scope="module")
