@@ -1,6 +1,5 @@
 """The whole job in a few minutes on a CPU: train, export, load in diffusers, encode, read back, decode, show."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -14,15 +13,15 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
 from latentvae.data.sources import open_source
-from latentvae.errors import UserError
+from latentvae.errors import UserError, one_line
 from latentvae.evaluation.metrics import psnr
 from latentvae.export import export_model
 from latentvae.files import check_writable, write_json
 from latentvae.images import PixelFormat, center_crop, decode, from_model, image_grid, resize_shorter_side, save_image
 from latentvae.keyed import split_by_key
-from latentvae.latents.dataset import LatentDataset
-from latentvae.latents.decode import decode_store
-from latentvae.latents.encode import encode_dataset
+from latentvae.latents.encoding.encode import encode_dataset
+from latentvae.latents.operating.decode import decode_store
+from latentvae.latents.reading.dataset import LatentDataset
 from latentvae.recipe import build, load_recipe
 
 RECIPE = "smoke_cpu"
@@ -128,14 +127,17 @@ def _photographs(out: Path) -> list[str]:
 
 def _own_images(images: Path, out: Path) -> list[str]:
     """Copy a few of the user's images below `out`, to be shown; the overrides that train on the whole folder."""
-    entries = open_source(images).entries()
-    trained, held_out = split_by_key([entry.key for entry in entries], HELD_OUT_FRACTION)
+    source = open_source(images)
+    entries = source.entries()
+    trained, held_out = split_by_key(entries.keys, HELD_OUT_FRACTION)
     check_writable(out)
     for part, indices, limit in (("trained", trained, MAX_SHOWN - 2), ("held_out", held_out, 2)):
         (out / "photographs" / part).mkdir(parents=True)
-        for index in indices[:limit]:
-            path = Path(entries[index].uri)
-            shutil.copy(path, out / "photographs" / part / f"{index:06d}{path.suffix}")
+        chosen = [entries[index] for index in indices[:limit]]
+        for index, entry, content in zip(indices, chosen, source.fetch(chosen), strict=False):
+            if not isinstance(content, bytes):
+                raise UserError(f"{entry.key} cannot be read: {one_line(content)}")
+            (out / "photographs" / part / f"{index:06d}{Path(entry.key).suffix}").write_bytes(content)
     held = [f"validation.fraction={HELD_OUT_FRACTION}"] if len(held_out) else [f"validation.source={images}"]
     return [f"data.source={images}", *held]
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel, Field
 
 from latentvae.checkpoint import load_model
 from latentvae.config import dump_yaml, load_config
+from latentvae.data.entries import ImageSource
 from latentvae.data.pipeline import Batch, DataConfig, UnreadableImages, training_batches, validation_batches
-from latentvae.data.sources import ImageSource, open_source
+from latentvae.data.sources import open_source
 from latentvae.errors import UserError
 from latentvae.images import PixelFormat
 from latentvae.keyed import key_hash, split_by_key
@@ -260,12 +261,14 @@ class _Images:
 
 def _open_images(recipe: Recipe, channels: int) -> _Images:
     pixels, policy = recipe.data.pixels(channels), recipe.data.policy
-    training = open_source(recipe.data.source, pixels, policy)
+    training = recipe.data.open(pixels)
     if recipe.validation.source is not None:
-        return _Images(pixels, training, None, open_source(recipe.validation.source, pixels, policy), None)
+        validation = open_source(recipe.validation.source, pixels, policy)
+        validation.entries()  # what is wrong with it is told before a run begins
+        return _Images(pixels, training, None, validation, None)
     if not recipe.validation.fraction:  # nothing is held out: progress is watched on training images
         return _Images(pixels, training, None, training, None)
-    keys = [entry.key for entry in training.entries()]
+    keys = training.entries().keys
     kept, held_out = split_by_key(keys, recipe.validation.fraction)
     if not held_out and len(kept) > 1:  # a small set gives one image
         held_out = [min(kept, key=lambda index: key_hash("split", keys[index]))]

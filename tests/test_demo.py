@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentvae import demo
 from latentvae.errors import UserError
-from latentvae.latents.dataset import LatentDataset
+from latentvae.latents.reading.dataset import LatentDataset
 
 SHORT = (
     "training.total_images=16",

@@ -540,3 +540,160 @@ def test_grid():
     assert (image_grid(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), 2)[:, 4:6] == 255).all()
     with pytest.raises(UserError, match="empty"):
         image_grid([], 2)
+
+
+# --- many bands, floating point, and files that anybody could have sent ---
+
+
+@pytest.fixture
+def tifffile():
+    return pytest.importorskip("tifffile")
+
+
+def tiff(library, samples: np.ndarray, **options) -> bytes:
+    """A TIFF of (H, W, C) samples; planarconfig "separate" stores them band by band."""
+    stored = np.moveaxis(samples, -1, 0) if options.get("planarconfig") == "separate" else samples
+    stream = io.BytesIO()
+    library.imwrite(stream, stored, photometric="minisblack", **{"planarconfig": "contig", **options})
+    return stream.getvalue()
+
+
+def cube(dtype: str, channels: int, height: int = 37, width: int = 41) -> np.ndarray:
+    samples = np.random.default_rng(channels).integers(0, 65536, (height, width, channels))
+    return (samples / 65536).astype(dtype) if dtype.startswith("float") else samples.astype(dtype)
+
+
+@pytest.mark.parametrize("planarconfig", ["contig", "separate"])
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate", "zstd", "packbits"])
+@pytest.mark.parametrize("tile", [None, (16, 16)], ids=["strips", "tiles"])
+def test_13_band_tiff_round_trips(tifffile, planarconfig, compression, tile):
+    if compression not in (None, "packbits", "deflate"):
+        pytest.importorskip("imagecodecs")
+    samples = cube("uint16", 13)
+    pixels = PixelFormat(channels=13, dtype="uint16")
+    for byteorder in "<>":
+        for predictor in (None, True) if compression in ("lzw", "deflate", "zstd") else (None,):
+            options = {"compression": compression, "tile": tile, "byteorder": byteorder, "predictor": predictor}
+            file = tiff(tifffile, samples, planarconfig=planarconfig, **options)
+            array = decode(file, pixels)
+            assert np.array_equal(array, samples) and array.dtype == np.uint16 and array.flags.c_contiguous
+            assert probe_size(file) == (41, 37)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels"),
+    [("uint8", 1), ("uint8", 2), ("uint8", 4), ("uint8", 5), ("uint16", 1), ("uint16", 2), ("uint16", 4), ("uint16", 7)]
+    + [("float32", channels) for channels in (1, 2, 3, 4, 12)],
+)
+@pytest.mark.parametrize("planarconfig", ["contig", "separate"])
+def test_every_kind_of_sample_comes_back(tifffile, dtype, channels, planarconfig):
+    samples = cube(dtype, channels)
+    options = {} if channels == 1 else {"planarconfig": planarconfig}
+    file = tiff(tifffile, samples, **options) if channels > 1 else tiff(tifffile, samples[..., 0], planarconfig=None)
+    pixels = PixelFormat(channels=channels, dtype=dtype, range=(0, 1) if dtype == "float32" else None)
+    assert np.array_equal(decode(file, pixels), samples)
+    assert probe_size(file) == (41, 37)
+    with pytest.raises(ImageError, match=f"{channels} channels; 6"):
+        decode(file, PixelFormat(channels=6, dtype=dtype, range=pixels.range))
+
+
+def test_bigtiff_float64_and_orientation(tifffile):
+    samples = cube("float64", 5)
+    pixels = PixelFormat(channels=5, dtype="float32", range=(0, 1))
+    assert np.array_equal(decode(tiff(tifffile, samples, bigtiff=True), pixels), samples.astype(np.float32))
+    turned = tiff(tifffile, cube("uint16", 5), extratags=[(274, "H", 1, 6, True)])
+    assert np.array_equal(decode(turned, PixelFormat(channels=5, dtype="uint16")), np.rot90(cube("uint16", 5), -1))
+    assert probe_size(turned) == (37, 41)
+
+
+def test_what_a_multi_band_tiff_may_not_be(tifffile):
+    samples, pixels = cube("uint16", 13), PixelFormat(channels=13, dtype="uint16")
+    file = tiff(tifffile, samples)
+    with pytest.raises(ImageError, match=r"41x37 = 1,517 pixels; at most 1,000"):
+        decode(file, pixels, DecodePolicy(max_pixels=1000))
+    with pytest.raises(ImageError, match=r"max_pixels"):
+        probe_size(file, DecodePolicy(max_pixels=1000))
+    with pytest.raises(ImageError, match="uint16 samples; uint8"):
+        decode(file, PixelFormat(channels=13))
+    with pytest.raises(ImageError, match="identify"):
+        decode(file)  # never made RGB
+    pages = io.BytesIO()
+    with tifffile.TiffWriter(pages) as writer:
+        for _ in range(3):
+            writer.write(samples, photometric="minisblack", planarconfig="contig", metadata=None)
+    assert np.array_equal(decode(pages.getvalue(), pixels), samples)
+    with pytest.raises(ImageError, match="3 pages, which the policy refuses"):
+        decode(pages.getvalue(), pixels, DecodePolicy(animation="refuse"))
+    for size in (len(file) - 1, len(file) // 2, 9):
+        with pytest.raises(ImageError):
+            decode(file[:size], pixels)
+
+
+def test_a_tiff_bomb_takes_no_memory(tifffile):
+    """9,000 x 9,000 pixels of 13 bands in a few bytes: refused from the header, by the share that a file can hold."""
+    small = tiff(tifffile, np.zeros((1, 1, 13), np.uint16), compression="deflate", rowsperstrip=9000)
+    for width, height in ((9000, 9000), (60000, 60000)):
+        bomb = bytearray(small)
+        for tag, value in ((256, width), (257, height)):  # ImageWidth, ImageLength
+            place = bomb.index(struct.pack("<H", tag), 8)
+            bomb[place + 2 : place + 12] = struct.pack("<HII", 4, 1, value)
+        with pytest.raises(ImageError, match=r"bytes of samples in a file of|max_pixels|without data"):
+            decode(bytes(bomb), PixelFormat(channels=13, dtype="uint16"))
+
+
+def test_without_tifffile_it_is_named(tifffile, monkeypatch):
+    file = tiff(tifffile, cube("uint16", 13))
+    monkeypatch.setattr("latentvae.images.tiff.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"need tifffile: pip install 'latentvae\[data\]'") as caught:
+        decode(file, PixelFormat(channels=13, dtype="uint16"))
+    assert not isinstance(caught.value, ImageError)  # every file would fail for it: the run stops instead
+    assert decode(tiff(tifffile, cube("uint16", 1)[..., 0], planarconfig=None), GRAY16).shape == (37, 41, 1)  # Pillow's
+
+
+def damaged(file: bytes, generator: np.random.Generator) -> bytes:
+    """Cut off somewhere, or with some bits turned, half of them near the beginning."""
+    if generator.random() < 0.3:
+        return file[: generator.integers(len(file))]
+    data = bytearray(file)
+    for _ in range(generator.integers(1, 8)):
+        reach = len(data) if generator.random() < 0.5 else min(len(data), 700)
+        data[generator.integers(reach)] ^= 1 << int(generator.integers(8))
+    return bytes(data)
+
+
+def survives(file: bytes, pixels: PixelFormat) -> bool:
+    """Whether it decodes; anything but an array of the format or an ImageError of one line fails the test."""
+    try:
+        array = decode(file, pixels, DecodePolicy(max_pixels=4_000_000))
+    except ImageError as error:
+        assert str(error) and "\n" not in str(error)
+        return False
+    assert array.dtype == pixels.numpy_dtype and array.shape[2] == pixels.channels
+    return True
+
+
+@pytest.mark.timeout(120)
+def test_a_thousand_damaged_photographs(shared_data):
+    """Real JPEG, PNG and WebP files cut off and with bits turned: an array or an ImageError, and always an end."""
+    generator = np.random.default_rng(0)
+    photographs = [Image.open(path) for path in sorted(shared_data("bsds_test").glob("*.jpg"))[:4]]
+    files = [path.read_bytes() for path in sorted(shared_data("bsds_test").glob("*.jpg"))[:4]]
+    files += [path.read_bytes() for path in sorted(shared_data("bad_images").glob("Pillow__hopper*.[jpw]*"))]
+    for photograph in photographs:
+        small = photograph.resize((160, 120))
+        files += [saved(small, "PNG"), saved(small, "WEBP"), saved(small, "WEBP", lossless=True)]
+        files += [saved(small, "JPEG", progressive=True), saved(small.convert("CMYK"), "JPEG")]
+    kinds = {Image.open(io.BytesIO(file)).format for file in files}
+    assert kinds == {"JPEG", "PNG", "WEBP"}
+    outcomes = [survives(damaged(files[index % len(files)], generator), PixelFormat()) for index in range(1000)]
+    assert 100 < sum(outcomes) < 900  # both happen
+
+
+@pytest.mark.timeout(120)
+def test_damaged_multi_band_tiffs(tifffile):
+    generator = np.random.default_rng(0)
+    options = [{}, {"planarconfig": "separate"}, {"tile": (16, 16)}, {"compression": "deflate", "predictor": True}]
+    files = [tiff(tifffile, cube("uint16", 13), **chosen) for chosen in options]
+    pixels = PixelFormat(channels=13, dtype="uint16")
+    outcomes = [survives(damaged(files[index % len(files)], generator), pixels) for index in range(1000)]
+    assert 50 < sum(outcomes) < 900

@@ -5,6 +5,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
+from latentvae.data.entries import ImageSource
+from latentvae.data.sources import open_source
 from latentvae.images import (
     DecodePolicy,
     ImageError,
@@ -22,8 +24,20 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Which images are trained on, and how they are cut."""
 
     source: str | None = Field(
-        default=None, description="folder of images (searched in depth), or python:module:function"
+        default=None,
+        description="folder of images (searched in depth), .tar or .parquet files, a .txt or .jsonl list of paths, "
+        "hf:owner/name, or python:module:function",
     )
+    key_column: str | None = Field(
+        default=None, description="column that names the images of a dataset; null: key, __key__ or id, else the row"
+    )
+    image_column: str | None = Field(
+        default=None, description="column of encoded images of a dataset; null: the only one there is"
+    )
+    streaming: bool = Field(
+        default=False, description="read the files of a hub dataset in place instead of downloading all of them first"
+    )
+    split: str | None = Field(default=None, description="split of a dataset; null: the only one there is")
     resolution: int = Field(
         default=256, ge=8, description="side of the square training images, pixels; a multiple of the model's f"
     )
@@ -59,6 +73,20 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         if self.dtype == "float32" and self.pixel_range is None:
             raise ValueError("dtype float32 has no natural range: give pixel_range, such as [0, 1]")
         return self
+
+    def open(self, pixels: PixelFormat) -> ImageSource:
+        """The source of training images, listed. Raises UserError where it cannot be one."""
+        source = open_source(
+            self.source,
+            pixels,
+            self.policy,
+            key_column=self.key_column,
+            image_column=self.image_column,
+            streaming=self.streaming,
+            split=self.split,
+        )
+        source.entries()  # what is wrong with it is told before a run begins
+        return source
 
     def pixels(self, channels: int) -> PixelFormat:
         """The pixel format of a model with `channels` input channels."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentvae.data.augment import DataConfig, augment
-from latentvae.data.sources import ImageSource
+from latentvae.data.entries import ImageSource
 from latentvae.data.unreadable import UnreadableImages
 from latentvae.data.workers import load_batches
 from latentvae.errors import UserError
@@ -219,10 +219,9 @@ def validation_batches(
     images are left out and reported with a batch near them. Where none of this process's share is
     readable, one empty batch reports them.
     """
-    entries = source.entries()
+    keys = source.entries().keys
     chosen = sorted(
-        range(len(entries)) if indices is None else indices,
-        key=lambda index: key_hash("validation", entries[index].key),
+        range(len(keys)) if indices is None else indices, key=lambda index: key_hash("validation", keys[index])
     )
     chosen = chosen[:max_images]
     dataset = _CenteredImages(source, config, resolution, chosen)

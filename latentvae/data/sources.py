@@ -1,238 +1,146 @@
-"""Where images come from: a folder, or any Python object that yields them; listed in key order, read one at a time."""
+"""The one place that decides what a source is, from what the user gave."""
 
-import importlib
 import os
-import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image
+from latentvae.data.entries import ImageSource
+from latentvae.data.folder import FolderSource, walk
+from latentvae.data.hub_dataset import is_dataset, is_saved_dataset, open_dataset, open_hub, open_saved
+from latentvae.data.listing import LIST_SUFFIXES, ListSource
+from latentvae.data.parquet import ParquetSource
+from latentvae.data.python_source import PythonSource, import_object
+from latentvae.data.storage import expand, find_remote, is_url, suffix
+from latentvae.data.tar import TAR_SUFFIXES, TarSource, compressed_error
+from latentvae.errors import UserError
+from latentvae.images import IMAGE_EXTENSIONS, DecodePolicy, PixelFormat
 
-from latentvae.errors import UserError, one_line
-from latentvae.images import IMAGE_EXTENSIONS, DecodePolicy, ImageError, PixelFormat, conform, decode, from_pillow
-
-# kinds of source that are recognised only to be refused by name
-_ARCHIVES = {
-    ".tar": "a tar file",
-    ".tgz": "a tar file",
-    ".zip": "a zip file",
-    ".parquet": "a Parquet file",
-    ".arrow": "an Arrow file",
-}
-
-
-@dataclass(frozen=True)
-class SourceEntry:
-    """One image of a source, before it is read."""
-
-    key: str  # its identity: the path inside the source with extension, "/" between folders
-    uri: str  # where it is, for people and records
-    num_bytes: int | None  # size of the file; None where there is none
-    mtime_ns: int | None  # time of its last change, ns since 1970; None where there is none
-
-
-class ImageSource(Protocol):
-    """What training and encoding read from. Picklable, so that worker processes can be spawned with it."""
-
-    name: str  # for logs
-
-    def __len__(self) -> int: ...
-
-    def entries(self) -> Sequence[SourceEntry]:
-        """Every image, sorted by key; the same list at every call."""
-        ...
-
-    def read(self, index: int) -> np.ndarray:
-        """Image `index` of `entries()` => (H, W, C) of the source's pixel format, or ImageError."""
-        ...
-
-
-class FolderSource:
-    """Every image file below a folder, at any depth; hidden files and folders are left out, links are followed."""
-
-    def __init__(
-        self, folder: str | Path, pixels: PixelFormat | None = None, policy: DecodePolicy | None = None
-    ) -> None:
-        self.folder = Path(folder)
-        self.name = str(folder)
-        self._pixels = pixels or PixelFormat()
-        self._policy = policy or DecodePolicy()
-        # .npy holds what no picture file can; beside photographs it is more likely something else
-        is_rgb = self._pixels.channels == 3 and self._pixels.dtype != "float32"
-        self._extensions = IMAGE_EXTENSIONS if is_rgb else IMAGE_EXTENSIONS | {".npy"}
-        if not self.folder.exists():
-            raise UserError(f"image folder {self.folder} does not exist: give the path of a folder of images")
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder} is not a folder: give the path of a folder of images")
-        found: list[SourceEntry] = []
-        self._scan(self.folder, "", frozenset(), found)
-        self._entries = sorted(found, key=lambda entry: entry.key)
-        if not self._entries:
-            raise UserError(
-                f"no images in {self.folder}: looked in all its folders for files such as .jpg, .png, .webp or .tif"
-            )
-
-    def _scan(self, folder: Path, prefix: str, above: frozenset[tuple[int, int]], found: list[SourceEntry]) -> None:
-        try:
-            here = os.stat(folder)
-            # device and inode; Windows may give 0 for both, and has no such loops in practice
-            identity = (here.st_dev, here.st_ino)
-            if here.st_ino and identity in above:
-                return  # a link that leads back into the folders above it
-            children = sorted(os.scandir(folder), key=lambda child: child.name)
-        except OSError as error:
-            raise UserError(
-                f"cannot list {folder}: {error.strerror or error}; mend its permissions or move it away"
-            ) from error
-        for child in children:
-            if child.name.startswith("."):
-                continue
-            try:
-                status = child.stat()
-            except FileNotFoundError:
-                continue  # a link to nothing, or removed since it was listed
-            except OSError as error:
-                if child.is_symlink():
-                    continue  # a link to itself is no image
-                raise UserError(
-                    f"cannot look at {child.path}: {error.strerror or error}; mend its permissions or move it away"
-                ) from error
-            if stat.S_ISDIR(status.st_mode):
-                self._scan(Path(child.path), f"{prefix}{child.name}/", above | {identity}, found)
-            elif stat.S_ISREG(status.st_mode) and os.path.splitext(child.name)[1].lower() in self._extensions:
-                key = prefix + child.name
-                found.append(SourceEntry(key, child.path, status.st_size, status.st_mtime_ns))
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def entries(self) -> Sequence[SourceEntry]:
-        return self._entries
-
-    def read(self, index: int) -> np.ndarray:
-        return decode(self._entries[index].uri, self._pixels, self._policy)
-
-
-class PythonSource:
-    """Items {"key": str, "image": (H, W, C) array | PIL image | path | bytes} from Python; other fields are ignored.
-
-    With `__len__` and `__getitem__` it is read lazily; every item is fetched once at the start for its key, unless the
-    object has a method `keys()` that lists them in item order. Any other iterable, or a function that returns one, is
-    read into memory once. Arrays must be of the declared pixel format. An exception raised for one item makes that
-    image unreadable, and is named.
-    """
-
-    def __init__(
-        self, items: Any, pixels: PixelFormat | None = None, policy: DecodePolicy | None = None, name: str | None = None
-    ) -> None:
-        self.name = name or f"python object {type(items).__name__}"
-        self._pixels = pixels or PixelFormat()
-        self._policy = policy or DecodePolicy()
-        if callable(items) and not hasattr(items, "__getitem__"):
-            items = items()
-        if isinstance(items, Mapping) or not (isinstance(items, Iterable) or hasattr(items, "__getitem__")):
-            raise UserError(
-                f"{self.name} gave a {type(items).__name__}: a sequence or iterable of {{'key', 'image'}} is needed"
-            )
-        self._items = items if hasattr(items, "__len__") and hasattr(items, "__getitem__") else list(items)
-        keys = self._list_keys()
-        self._order = sorted(range(len(keys)), key=keys.__getitem__)
-        self._entries = [SourceEntry(keys[index], f"{self.name}#{keys[index]}", None, None) for index in self._order]
-        if not self._entries:
-            raise UserError(f"{self.name} has no images: it must yield at least one {{'key', 'image'}}")
-        for one, other in zip(self._entries, self._entries[1:], strict=False):
-            if one.key == other.key:
-                raise UserError(f"{self.name} has the key {one.key!r} twice: every image needs a key of its own")
-
-    def _list_keys(self) -> list[str]:
-        list_keys = getattr(self._items, "keys", None)
-        if callable(list_keys):
-            keys = list(list_keys())
-            if len(keys) != len(self._items):
-                raise UserError(
-                    f"{self.name} lists {len(keys)} keys for {len(self._items)} items: there must be one for each"
-                )
-        else:
-            keys = [self._field(self._items[index], "key", index) for index in range(len(self._items))]
-        for index, key in enumerate(keys):
-            if not isinstance(key, str) or not key:
-                raise UserError(f"{self.name}: the key of item {index} is {key!r}; it must be a non-empty string")
-        return keys
-
-    def _field(self, item: Any, field: str, index: int) -> Any:
-        if not isinstance(item, Mapping) or field not in item:
-            given = f"the fields {sorted(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
-            raise UserError(f"{self.name}: item {index} is {given}; a dict with 'key' and 'image' is needed")
-        return item[field]
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def entries(self) -> Sequence[SourceEntry]:
-        return self._entries
-
-    def read(self, index: int) -> np.ndarray:
-        position = self._order[index]
-        try:
-            item = self._items[position]
-        except Exception as error:
-            raise ImageError(f"the source raised {type(error).__name__}: {one_line(error)[:200]}") from error
-        key = self._field(item, "key", position)
-        if key != self._entries[index].key:
-            raise UserError(
-                f"{self.name}: item {position} had the key {self._entries[index].key!r} and now {key!r}; "
-                "a key must stay"
-            )
-        image = self._field(item, "image", position)
-        if isinstance(image, np.ndarray):
-            return self._declared(image)
-        if isinstance(image, Image.Image):
-            return from_pillow(image, self._pixels, self._policy)
-        if isinstance(image, str | Path | bytes):
-            return decode(image, self._pixels, self._policy)
-        raise ImageError(f"is a {type(image).__name__}; an array, a PIL image, a path or bytes is needed")
-
-    def _declared(self, array: np.ndarray) -> np.ndarray:
-        if array.dtype != self._pixels.numpy_dtype:  # an array says what it is: nothing is converted behind its back
-            raise ImageError(f"is a {array.dtype} array; {self._pixels.dtype} is declared")
-        return conform(array, self._pixels)
-
-
-def _import(specification: str) -> Callable[..., Any] | Any:
-    module_name, _, attribute = specification.removeprefix("python:").partition(":")
-    if not module_name or not attribute:
-        raise UserError(f"source {specification!r}: write it as python:module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"source {specification!r}: {error}; install the module or put its folder on PYTHONPATH"
-        ) from error
-    if not hasattr(module, attribute):
-        raise UserError(f"source {specification!r}: module {module_name} has no {attribute!r}")
-    return getattr(module, attribute)
+_REMOTE = {*TAR_SUFFIXES, ".parquet", ".tar.gz", ".tgz", ".tar.zst"}  # any other URL is taken for a folder
+_COMPRESSED = {".tgz": "gzip", ".tbz2": "bzip2", ".txz": "xz"}
+KINDS = (
+    "a folder of images, .tar files, .parquet files, a .txt or .jsonl list of paths, a folder of Dataset.save_to_disk, "
+    "hf:owner/name, or python:module:function"
+)
 
 
 def open_source(
-    source: str | Path | object, pixels: PixelFormat | None = None, policy: DecodePolicy | None = None
+    source: str | Path | object,
+    pixels: PixelFormat | None = None,
+    policy: DecodePolicy | None = None,
+    *,
+    key_column: str | None = None,
+    image_column: str | None = None,
+    streaming: bool = False,
+    split: str | None = None,
 ) -> ImageSource:
-    """A folder's path, "python:module:function", or a Python object (see PythonSource) => a source of `pixels`."""
-    if isinstance(source, FolderSource | PythonSource):
+    """What the user gave => a source of `pixels`. Nothing is listed before `entries()`.
+
+    Args:
+        source: a folder of images; tar or Parquet files (a path, glob, `shard-{0000..0099}.tar`, several joined by
+            `::`, URLs of fsspec, or a folder of them without images); a `.txt` or `.jsonl` list of paths; a folder of
+            `Dataset.save_to_disk` or an `.arrow` file; `hf:owner/name?split=train`; `python:module:function`; a
+            `datasets.Dataset`; any Python object that yields {"key", "image"}; an ImageSource, returned as it is.
+        key_column, image_column: of Parquet files and datasets, where they are not found by themselves.
+        streaming: read the files of a hub dataset in place instead of downloading all of them first.
+        split: of a dataset that has several.
+
+    Raises UserError for what cannot be a source, and for an option that its kind does not have.
+    """
+    columns = {"key_column": key_column, "image_column": image_column}
+    if isinstance(source, str) and source.startswith("hf:") and not is_url(source):
+        return open_hub(source, pixels, policy, streaming=streaming, split=split, **columns)
+    if streaming:
+        raise UserError(
+            f"source {_shown(source)}: streaming is for hf:owner/name; other sources are read in place anyway"
+        )
+    if is_dataset(source):
+        return open_dataset(source, pixels, policy, split, **columns)
+    if isinstance(source, str | Path) and not str(source).startswith("python:"):
+        return _open_files(source, pixels, policy, split, columns)
+    _refuse({"split": split, **columns}, source)
+    if isinstance(source, ImageSource):
         return source
-    if isinstance(source, str) and source.startswith("python:"):
-        return PythonSource(_import(source), pixels, policy, name=source)
-    if not isinstance(source, str | Path):
-        return PythonSource(source, pixels, policy)
-    if "://" in str(source) or str(source).startswith("hf:"):
-        raise UserError(
-            f"source {source}: only local folders and python:module:function can be read; download it first"
-        )
-    kind = _ARCHIVES.get(Path(source).suffix.lower())
-    if kind and not Path(source).is_dir():
-        raise UserError(
-            f"source {source} is {kind}: only folders and python:module:function can be read; unpack it first"
-        )
-    return FolderSource(Path(source).expanduser(), pixels, policy)
+    if isinstance(source, str):
+        return PythonSource(import_object(source), pixels, policy, name=source)
+    return PythonSource(source, pixels, policy)
+
+
+def _open_files(
+    source: str | Path,
+    pixels: PixelFormat | None,
+    policy: DecodePolicy | None,
+    split: str | None,
+    columns: dict[str, str | None],
+) -> ImageSource:
+    name = str(source)
+    if not name:  # a shell variable that is not set; as a path it would be the working folder
+        raise UserError(f"source {name!r} names nothing: give {KINDS}")
+    path = Path(name).expanduser()
+    if not is_url(name) and path.exists() and ((path.is_dir() and is_saved_dataset(path)) or suffix(name) == ".arrow"):
+        return open_saved(path, pixels, policy, split, **columns)
+    _refuse({"split": split}, source)
+    if not is_url(name) and path.is_dir():
+        files = _archives_of(path)
+        if not files:
+            _refuse(columns, source)
+            return FolderSource(path, pixels, policy)
+    elif is_url(name) and "::" not in name and "*" not in name and suffix(name) not in _REMOTE:
+        files = [file for file in find_remote(name) if suffix(file) in TAR_SUFFIXES | {".parquet"}]
+        if not files:
+            raise UserError(f"no .tar or .parquet files in {name}: images in a remote folder cannot be read one by one")
+    else:
+        files = expand(name)
+        if not files:
+            raise UserError(f"source {name!r} names nothing: give {KINDS}")
+    return _open_kind(files, name, pixels, policy, columns)
+
+
+def _open_kind(
+    files: list[str],
+    name: str,
+    pixels: PixelFormat | None,
+    policy: DecodePolicy | None,
+    columns: dict[str, str | None],
+) -> ImageSource:
+    kinds = {suffix(file) for file in files}
+    for file in files:
+        if suffix(file).startswith(".tar.") or suffix(file) in _COMPRESSED:
+            raise compressed_error(file, _COMPRESSED.get(suffix(file), suffix(file).removeprefix(".tar.")))
+    if kinds == {".parquet"}:
+        return ParquetSource(files, pixels, policy, name=name, **columns)
+    _refuse(columns, name)
+    if kinds <= TAR_SUFFIXES:
+        return TarSource(files, pixels, policy, name=name)
+    if kinds <= LIST_SUFFIXES and len(files) == 1 and not is_url(files[0]):
+        return ListSource(files[0], pixels, policy)
+    if len(kinds) > 1:
+        raise UserError(f"source {name} mixes {', '.join(sorted(kinds))} files: give one kind at a time")
+    (kind,) = kinds
+    if kind in IMAGE_EXTENSIONS:
+        raise UserError(f"{name} is not a folder but an image: give the folder it is in, or a .txt list of paths")
+    raise UserError(
+        f"source {name} is not a folder, and a {kind or 'file without extension'} cannot be read: give {KINDS}"
+    )
+
+
+def _archives_of(folder: Path) -> list[str]:
+    """The tar files, or else the Parquet files, of a folder without images; empty where it has images, or neither."""
+    found: dict[str, list[str]] = {".tar": [], ".parquet": []}
+    for _, file, _ in walk(folder):
+        extension = os.path.splitext(file.name)[1].lower()
+        if extension in IMAGE_EXTENSIONS or extension == ".npy":
+            return []
+        if extension in found:
+            found[extension].append(file.path)
+    if all(found.values()):
+        raise UserError(f"{folder} holds .tar and .parquet files: give one kind, such as {folder / '*.tar'}")
+    return found[".tar"] or found[".parquet"]
+
+
+def _refuse(options: dict[str, str | None], source: object) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise UserError(f"source {_shown(source)} has no use for {option}: leave it out")
+
+
+def _shown(source: object) -> str:
+    return str(source) if isinstance(source, str | Path) else f"of type {type(source).__name__}"

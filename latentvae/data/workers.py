@@ -13,17 +13,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from latentvae.errors import UserError, one_line
 
+PositionT = TypeVar("PositionT")
 ExampleT = TypeVar("ExampleT")
 BatchT = TypeVar("BatchT")
 
 
-class _Positions(Sampler[list[int]]):
+class WorkerDied(UserError):
+    """A worker process ended without an exception: it was killed, or what it called crashed."""
+
+
+class _Positions(Sampler[list[PositionT]]):
     """Hands a given iterator of positions to the DataLoader, as its batches."""
 
-    def __init__(self, batches: Iterator[list[int]]) -> None:
+    def __init__(self, batches: Iterator[list[PositionT]]) -> None:
         self._batches = batches
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[PositionT]]:
         return self._batches
 
 
@@ -60,16 +65,19 @@ def _last_line(error: UserError) -> str:
 
 def load_batches(
     dataset: Dataset[ExampleT],
-    positions: Iterator[list[int]],
+    positions: Iterator[list[PositionT]],
     collate: Callable[[Sequence[ExampleT]], BatchT],
     num_workers: int,
+    *,
+    prefetch: int = 4,
 ) -> Generator[BatchT, None, None]:
     """collate([dataset[p] for p in list]) for each list of positions, in order, in `num_workers` processes (0: here).
 
     The same values for any `num_workers`. Draws nothing from torch's global random state. The workers end with the
-    iterator.
+    iterator. `positions` are whatever the dataset takes; `prefetch` lists per worker are drawn ahead. WorkerDied where
+    a worker ended without an exception.
     """
-    options: dict[str, Any] = {"worker_init_fn": _start_worker, "prefetch_factor": 4} if num_workers else {}
+    options: dict[str, Any] = {"worker_init_fn": _start_worker, "prefetch_factor": prefetch} if num_workers else {}
     loader = DataLoader(
         dataset,
         batch_sampler=_Positions(positions),
@@ -91,7 +99,7 @@ def load_batches(
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise UserError(
+            raise WorkerDied(
                 "a worker process that reads images died: out of memory or of shared memory (/dev/shm), or a crash "
                 f"in a decoder; lower data.num_workers, or set it to 0 to see why ({one_line(error)})"
             ) from error

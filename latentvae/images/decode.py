@@ -2,6 +2,7 @@
 
 import functools
 import io
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -12,16 +13,18 @@ from typing import IO, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from latentvae.errors import one_line
+from latentvae.errors import UserError, one_line
 from latentvae.images.colour import to_srgb
 from latentvae.images.pixels import DecodePolicy, ImageError, PixelFormat, conform
 from latentvae.images.samples import read_samples
+from latentvae.images.tiff import PILLOW_BANDS, is_tiff, pillow_gives, read_tiff, tiff_size
 
 ImageSourceLike = str | Path | bytes | BinaryIO
 
 # EPS starts Ghostscript on the file; the others are recognised by Pillow but decoded by nobody.
 _UNREADABLE_FORMATS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _NUMPY_MAGIC = b"\x93NUMPY"
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # its complaints are told in an ImageError
 _ORIENTATION_TAG = 274  # EXIF 2.32, 4.6.4; its values 5 to 8 swap width and height
 
 
@@ -36,7 +39,7 @@ def _formats() -> tuple[str, ...]:
 @functools.cache
 def image_extensions() -> frozenset[str]:
     """Lower-case file extensions, with their dot, of every format that Pillow can decode here."""
-    readable = set(_formats())
+    readable = {*_formats(), "MPO"}  # several JPEG pictures in one file, which the JPEG plugin opens
     return frozenset(extension for extension, name in Image.registered_extensions().items() if name in readable)
 
 
@@ -67,7 +70,7 @@ def _errors_told() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\b")
             yield
-    except ImageError:
+    except UserError:  # an ImageError, or a library that is not installed
         raise
     except (
         Exception
@@ -79,13 +82,8 @@ def _errors_told() -> Iterator[None]:
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {reason[:200]})") from error
 
 
-def _check_size(width: int, height: int, policy: DecodePolicy) -> None:
-    if width < 1 or height < 1:
-        raise ImageError(f"is {width}x{height} pixels")
-    if width * height > policy.max_pixels:
-        raise ImageError(
-            f"is {width}x{height} = {width * height:,} pixels; at most {policy.max_pixels:,} are allowed (max_pixels)"
-        )
+class UnidentifiedError(ImageError):
+    """Pillow knows no such file."""
 
 
 def _open(stream: IO[bytes], policy: DecodePolicy) -> Image.Image:
@@ -93,10 +91,10 @@ def _open(stream: IO[bytes], policy: DecodePolicy) -> Image.Image:
     try:
         image = Image.open(stream, formats=_formats())
     except UnidentifiedImageError:
-        raise ImageError("is not an image that Pillow can identify") from None
+        raise UnidentifiedError("is not an image that Pillow can identify") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"is too large: {error}") from error
-    _check_size(*image.size, policy)
+    policy.check_size(*image.size)
     # the further pictures of an MPO are a preview or the other eye: its first one is the photograph
     if policy.animation == "refuse" and image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise ImageError(f"has {getattr(image, 'n_frames', 1)} frames, which the policy refuses")
@@ -152,7 +150,7 @@ def _numpy_shape(stream: IO[bytes]) -> tuple[int, ...]:
 
 def _decode_numpy(stream: IO[bytes], pixels: PixelFormat, policy: DecodePolicy) -> np.ndarray:
     shape = _numpy_shape(stream)
-    _check_size(shape[1], shape[0], policy)
+    policy.check_size(shape[1], shape[0])
     if len(shape) == 3 and shape[2] != pixels.channels:
         raise ImageError(f"has {shape[2]} channels; {pixels.channels} are declared")
     stream.seek(0)
@@ -179,7 +177,7 @@ def _to_array(image: Image.Image, pixels: PixelFormat, policy: DecodePolicy) -> 
         array = rgb.clip(pixels.low, pixels.high, out=rgb).astype(np.float32)
     else:
         array = conform(to_srgb(image, policy, depth=8 if pixels.dtype == "uint8" else 16), pixels)
-    _check_size(array.shape[1], array.shape[0], policy)
+    policy.check_size(array.shape[1], array.shape[0])
     return _upright(array, _orientation(image))
 
 
@@ -189,7 +187,7 @@ def from_pillow(
     """A Pillow image (H, W, C) of `pixels`, by the same rules as `decode`."""
     pixels, policy = pixels or PixelFormat(), policy or DecodePolicy()
     with _errors_told():
-        _check_size(*image.size, policy)
+        policy.check_size(*image.size)
         return _to_array(image, pixels, policy)
 
 
@@ -204,14 +202,25 @@ def decode(
     transparency is composited on the background, 16 bits are scaled (x / 257 rounded), gray is repeated, CMYK and Lab
     are converted; PNG's gAMA is ignored, as by most readers. For float32 the picture's black and white become the ends
     of the declared range.
-    Any other channel count: the samples as stored, never through RGB and never narrowed (see `conform`).
+    Any other channel count: the samples as stored, never through RGB and never narrowed (see `conform`); of TIFF files
+    also many bands, planes and floating point (then in RGB too), where tifffile is installed: UserError without it.
     """
     pixels, policy = pixels or PixelFormat(), policy or DecodePolicy()
     with _errors_told(), _stream(source) as stream:
         if _is_numpy(stream):
             return _decode_numpy(stream, pixels, policy)
-        with _open(stream, policy) as image:
-            return _to_array(image, pixels, policy)
+        may_be_samples = is_tiff(stream) and (pixels.channels != 3 or pixels.dtype == "float32")
+        try:
+            if not may_be_samples or pixels.channels <= PILLOW_BANDS:
+                with _open(stream, policy) as image:
+                    if not may_be_samples or pillow_gives(image, pixels):
+                        return _to_array(image, pixels, policy)
+        except UnidentifiedError:
+            if not may_be_samples:
+                raise
+        stream.seek(0)
+        samples, orientation = read_tiff(stream, pixels, policy)
+        return _upright(samples, orientation)
 
 
 def probe_size(source: ImageSourceLike, policy: DecodePolicy | None = None) -> tuple[int, int]:
@@ -220,9 +229,16 @@ def probe_size(source: ImageSourceLike, policy: DecodePolicy | None = None) -> t
     with _errors_told(), _stream(source) as stream:
         if _is_numpy(stream):
             height, width = _numpy_shape(stream)[:2]
-            _check_size(width, height, policy)
+            policy.check_size(width, height)
             return width, height
-        with _open(stream, policy) as image:
+        try:
+            image = _open(stream, policy)
+        except UnidentifiedError:
+            stream.seek(0)
+            if not is_tiff(stream):
+                raise
+            return tiff_size(stream, policy)
+        with image:
             width, height = image.size
             if image.format == "TIFF":
                 return width, height  # Pillow has swapped the sides already

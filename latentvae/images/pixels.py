@@ -92,6 +92,15 @@ class DecodePolicy(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         description="colour profile of RGB pictures: convert to sRGB (a broken profile is ignored), or ignore",
     )
 
+    def check_size(self, width: int, height: int) -> None:
+        """Raise an ImageError for a picture that is empty or has more than max_pixels."""
+        if width < 1 or height < 1:
+            raise ImageError(f"is {width}x{height} pixels")
+        if width * height > self.max_pixels:
+            raise ImageError(
+                f"is {width}x{height} = {width * height:,} pixels; at most {self.max_pixels:,} are allowed (max_pixels)"
+            )
+
 
 def conform(samples: np.ndarray, pixels: PixelFormat) -> np.ndarray:
     """Samples as they were stored => the declared format, or ImageError. No value is lost.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentvae.data.sources import FolderSource, PythonSource, open_source
+from latentvae.data import FolderSource, ImageSource, PythonSource, open_source
 from latentvae.errors import UserError
 from latentvae.images import ImageError, PixelFormat, save_image
 
@@ -86,11 +86,8 @@ def test_folder_errors_are_one_line(tmp_path):
         (tmp_path / "empty", "no images in"),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            open_source(folder)
+            open_source(folder).entries()
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-    for name in ("images.tar", "images.parquet", "https://host/images.tar", "hf:owner/set"):
-        with pytest.raises(UserError, match="can be read"):
-            open_source(name)
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
@@ -111,14 +108,14 @@ def test_a_file_that_cannot_be_looked_at_is_told_and_one_that_went_away_is_left_
 
     scandir = os.scandir
     monkeypatch.setattr(
-        "latentvae.data.sources.os.scandir",
+        "latentvae.data.folder.os.scandir",
         lambda folder: [Entry() if entry.name == "a.png" else entry for entry in scandir(folder)],
     )
     if isinstance(error, FileNotFoundError):
         assert [entry.key for entry in open_source(tmp_path).entries()] == ["b.png"]
     else:
         with pytest.raises(UserError, match=r"cannot look at .*a\.png: Permission denied"):
-            open_source(tmp_path)
+            open_source(tmp_path).entries()
 
 
 def test_an_unreadable_file_is_an_image_error(tmp_path):
@@ -145,11 +142,29 @@ def test_folder_of_16_bit_gray_and_of_many_bands(tmp_path):
     assert np.array_equal(open_source(tmp_path / "bands", bands).read(0), cube)
 
 
-def test_python_list_is_sorted_by_key():
+def test_python_list_keeps_its_order():
     source = open_source(items())
-    assert [entry.key for entry in source.entries()] == ["k0", "k1", "k2", "k3"]
-    assert [int(source.read(index).mean()) for index in range(4)] == [0, 1, 2, 3]
-    assert source.entries()[1].num_bytes is None and source.entries()[1].uri.endswith("#k1")
+    assert source.entries().keys == ["k3", "k2", "k1", "k0"] and source.is_sequential
+    assert [int(source.read(index).mean()) for index in range(4)] == [3, 2, 1, 0]
+    entry = source.entries()[1]
+    assert entry.num_bytes is None and entry.offset == 1 and entry.uri == "python object list"
+    assert (source.fetch([entry])[0] == 2).all()
+
+
+def test_an_iterator_is_read_once_and_when_it_is_needed():
+    taken = []
+
+    def generate():
+        for item in items(3):
+            taken.append(item["key"])
+            yield item
+
+    for given, expected in ((generate, []), (generate(), [])):
+        source = open_source(given)
+        assert taken == expected
+        assert source.entries().keys == ["k2", "k1", "k0"] and (source.read(0) == 2).all()
+        assert taken == ["k2", "k1", "k0"]
+        taken.clear()
 
 
 def test_python_function_by_name_and_in_person():
@@ -163,10 +178,10 @@ def test_python_function_by_name_and_in_person():
 def test_map_style_object_is_read_lazily():
     lazy = Lazy()
     source = open_source(lazy)
-    assert lazy.fetched == [] and [entry.key for entry in source.entries()] == ["a", "b", "c"]
-    assert (source.read(0)[..., 0] == 1).all() and lazy.fetched == [1]
+    assert source.entries().keys == ["c", "a", "b"] and lazy.fetched == []
+    assert (source.read(1)[..., 0] == 1).all() and lazy.fetched == [1]
     with pytest.raises(ImageError, match="OSError: disk gone"):
-        source.read(1)
+        source.read(2)
 
 
 def test_images_may_be_paths_bytes_and_pil(tmp_path):
@@ -193,7 +208,7 @@ def test_images_may_be_paths_bytes_and_pil(tmp_path):
 )
 def test_python_source_errors(given, words):
     with pytest.raises(UserError, match=words) as caught:
-        open_source(given)
+        open_source(given).entries()
     assert "\n" not in str(caught.value)
 
 
@@ -215,3 +230,91 @@ def test_sources_can_be_sent_to_spawned_workers(tmp_path):
     for source in (FolderSource(tmp_path), PythonSource(items())):
         copy = pickle.loads(pickle.dumps(source))
         assert copy.entries() == source.entries() and np.array_equal(copy.read(0), source.read(0))
+        again = pickle.loads(pickle.dumps(source))  # listed by now
+        assert again.entries() == source.entries() and np.array_equal(again.read(0), source.read(0))
+
+
+def test_a_source_of_the_users_own_is_taken_as_it_is(tmp_path):
+    write(tmp_path / "a.png", 5)
+
+    class Own:
+        """All that ImageSource asks for, and nothing else."""
+
+        name, is_sequential = "own", False
+
+        def __init__(self):
+            self.folder = FolderSource(tmp_path)
+
+        def __len__(self):
+            return len(self.folder)
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__["folder"], name)
+
+    own = Own()
+    assert isinstance(own, ImageSource) and open_source(own) is own
+    with pytest.raises(UserError, match="no use for key_column"):
+        open_source(own, key_column="id")
+
+
+def test_fetch_works_from_the_entries_alone(tmp_path):
+    for name in "abc":
+        write(tmp_path / f"{name}.png", ord(name))
+    entries = open_source(tmp_path).entries()
+    fresh = FolderSource(tmp_path)
+    (tmp_path / "b.png").unlink()
+    contents = fresh.fetch([entries[2], entries[1], entries[0]])
+    assert contents[0] == (tmp_path / "c.png").read_bytes() and contents[2] == (tmp_path / "a.png").read_bytes()
+    assert isinstance(contents[1], FileNotFoundError)
+    assert fresh._entries is None  # nothing was listed for it
+    assert (fresh.decode(contents[0])[..., 0] == ord("c")).all()
+
+
+def test_constructors_do_not_list(tmp_path, monkeypatch):
+    write(tmp_path / "a.png")
+    monkeypatch.setattr("latentvae.data.folder.walk", lambda folder: pytest.fail("listed"))
+    assert FolderSource(tmp_path).name == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.zip", "zip cannot be read"),
+        ("a.png", "is not a folder but an image"),
+        ("a", "a file without extension cannot be read"),
+        ("a.tar.gz", "is compressed"),
+        ("a.tgz", "is compressed"),
+        ("absent.tar", "does not exist"),
+        ("absent-{0..3}.tar", "does not exist"),
+        ("absent*.parquet", "does not exist"),
+        ("a.zip::a.png", "mixes"),
+        ("::", "names nothing"),
+        ("", "names nothing"),
+    ],
+)
+def test_what_is_no_source_is_refused_in_one_line(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.zip", "a.png", "a", "a.tar.gz", "a.tgz"):
+        (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(UserError, match=words) as caught:
+        open_source(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_that_a_kind_does_not_have_are_refused(tmp_path):
+    write(tmp_path / "a.png")
+    for option in ({"key_column": "id"}, {"image_column": "picture"}, {"split": "train"}, {"streaming": True}):
+        with pytest.raises(UserError, match=next(iter(option))):
+            open_source(tmp_path, **option)
+        with pytest.raises(UserError, match=next(iter(option))):
+            open_source(items(), **option)
+
+
+def test_a_file_name_that_is_no_unicode_is_named(tmp_path):
+    write(tmp_path / "a.png")
+    try:
+        os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system takes Unicode names only")
+    with pytest.raises(UserError, match="not valid Unicode"):
+        open_source(tmp_path).entries()
