@@ -15,12 +15,16 @@ from latentvae.errors import UserError
 TEMPORARY_MARK = ".tmp-"  # every unfinished file or folder of ours has it in its name
 
 
-def temporary_path(path: Path) -> Path:
-    """A name beside `path` that nothing else has, for what is not whole yet."""
-    return path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+def temporary_path(path: Path, owner: str | None = None) -> Path:
+    """A name beside `path` that nothing else has, for what is not whole yet; it ends with `owner`, where there is one.
+
+    An owner is asked for where several processes write into one folder, and leftovers of the dead must be told apart.
+    """
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}{TEMPORARY_MARK}{unique}{f'-{owner}' if owner else ''}")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush one file, or a folder's entries where the platform can open a folder (not on Windows)."""
     if path.is_dir() and os.name == "nt":
         return
@@ -29,6 +33,21 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename_new(source: Path, target: Path) -> bool:
+    """Move a file to a name that is free; False, and nothing done, where it is taken."""
+    try:
+        os.link(source, target)  # unlike a rename, it fails where the name is taken
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: there two that look at the same instant may both go on
+        if target.exists():
+            return False
+        os.rename(source, target)
+        return True
+    source.unlink(missing_ok=True)
+    return True
 
 
 @contextmanager
@@ -46,9 +65,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(mode)
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -73,14 +92,14 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
                 file.chmod(mode)
-            _fsync(file)
-        _fsync(temporary)
+            fsync(file)
+        fsync(temporary)
         old = None
         if path.exists():
             old = temporary_path(path)
             os.rename(path, old)
         os.rename(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
         if old is not None:
             shutil.rmtree(old)
     finally:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentvae.latents.encode import encode_dataset
+from latentvae.latents.encoding.encode import encode_dataset
 from tests.latents.stores import SETTINGS, tiny_vae
 
 

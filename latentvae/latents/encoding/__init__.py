@@ -1,0 +1,1 @@
+"""Images to a latent store, by any number of processes."""

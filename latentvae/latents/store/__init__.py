@@ -1,0 +1,1 @@
+"""The format of a latent store: its records, files, plan, leases and buckets."""
