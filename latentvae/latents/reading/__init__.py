@@ -1,0 +1,1 @@
+"""Latent stores as datasets for diffusion training."""
