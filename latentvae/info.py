@@ -9,6 +9,7 @@ from typing import Any
 from latentvae.errors import UserError
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors header => ours
+_SHOWN_SIZES = 6
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
@@ -105,24 +106,40 @@ def _run(folder: Path) -> dict[str, str]:
 
 
 def _store(folder: Path) -> dict[str, str]:
-    from latentvae.latents.store import LatentStore
+    from latentvae.latents.store.files import LatentStore
 
     manifest = LatentStore(folder).read_manifest()
     totals = manifest.totals
+    records = sum(1 for _ in folder.glob("shards/*/u*.json"))
+    sizes = [
+        f"{bucket.width}x{bucket.height} pixels => {bucket.latent_width}x{bucket.latent_height}"
+        for bucket in manifest.buckets
+    ]
+    more = f" and {len(sizes) - _SHOWN_SIZES} more" if len(sizes) > _SHOWN_SIZES else ""
     return {
         "what": "latent store, " + ("complete" if manifest.complete else "not complete: run the same encode again"),
         "images": f"{totals.inputs}: {totals.ok} ok, {totals.error} errors, {totals.skipped} skipped"
         if totals
-        else "?",
+        else "counted when it is complete",
+        "units": f"{records} committed, in {len(manifest.plan)} plan file{'s' if len(manifest.plan) != 1 else ''}",
         "source": manifest.source,
-        "vae": manifest.vae.name or manifest.vae.encoder,
-        "kept": f"{manifest.store} in {manifest.dtype}, {manifest.latent_channels} channels",
-        "sizes": ", ".join(
-            f"{bucket.width}x{bucket.height} pixels => {bucket.latent_width}x{bucket.latent_height}"
-            for bucket in manifest.buckets
-        ),
+        "vae": f"{manifest.vae.class_name}, {manifest.vae.name or 'given in memory'}",
+        "encoder": manifest.vae.encoder,
+        "kept": f"{' and '.join(manifest.tensors)} in {manifest.dtype}, {manifest.latent_channels} channels, raw",
+        "normalized by": _scaling(manifest.vae.scaling),
+        "sizes": ", ".join(sizes[:_SHOWN_SIZES]) + more,
         "fingerprint": manifest.fingerprint,
     }
+
+
+def _scaling(scaling: dict[str, Any]) -> str:
+    """Of LatentScaling.to_dict()."""
+    if scaling.get("mean") is not None:
+        text = f"mean and std of {len(scaling['mean'])} channels, times {scaling['scale']:g}"
+    else:
+        text = f"(raw - {scaling['shift']:g}) * {scaling['scale']:g}"
+    patch = scaling.get("patch", 1)
+    return text if patch == 1 else f"{text}, in squares of {patch}x{patch}"
 
 
 def _json(file: Path) -> dict[str, Any]:

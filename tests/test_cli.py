@@ -1,6 +1,7 @@
 """The command line: fast help, one-line errors with exit code 2, and the commands that need no training."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import typer
 from latentvae import cli
 from latentvae.errors import UserError
 
-COMMANDS = ["decode", "demo", "encode", "export", "info", "recipes", "train", "verify"]
+COMMANDS = ["convert", "decode", "demo", "encode", "export", "gc", "info", "recipes", "stats", "train", "verify"]
 
 
 def run(*arguments: str) -> int:
@@ -74,15 +75,40 @@ def test_every_command_and_option_explains_itself(command, capsys):
 
 
 def test_defaults_told_by_encode_are_those_of_the_config():
-    from latentvae.latents.encode import EncodeConfig
+    from latentvae.images import DecodePolicy, PixelFormat
+    from latentvae.latents.encoding.settings import DEFAULT_RESOLUTION, EncodeConfig
 
     told = {}
     for parameter in typer.main.get_command(cli.app).commands["encode"].params:
-        match = re.search(r"\[default: (\w+)\]", parameter.help or "")
-        if match and parameter.name in EncodeConfig.model_fields:
+        match = re.search(r"\[default: ([\w. ]+)\]", parameter.help or "")
+        if match:
             told[parameter.name] = match[1]
-    assert set(told) >= {"resolution", "batch_size", "unit_images", "store", "dtype", "precision", "small"}
-    assert told == {name: str(EncodeConfig.model_fields[name].default) for name in told}
+    config, policy = EncodeConfig(), DecodePolicy()
+    in_words = {
+        "resolution": str(DEFAULT_RESOLUTION),
+        "device": "a GPU where there is one",
+        "image_column": "the one that holds images",
+        "pixel_dtype": PixelFormat().dtype,
+        "pixel_range": "all of the integer type",
+        "background": " ".join(map(str, policy.background)),
+        "animation": policy.animation,
+        "max_pixels": str(policy.max_pixels),
+        "icc": policy.icc,
+        "ray_actors": "one per GPU",
+    }
+    assert set(told) >= {"batch_size", "unit_images", "dtype", "precision", "small", "filter", "seed", "engine"}
+    assert told == {name: in_words.get(name) or str(getattr(config, name)) for name in told}
+
+
+def test_every_setting_of_an_encoding_is_an_option():
+    from latentvae.images import DecodePolicy
+    from latentvae.latents.encoding.encode import EncodeConfig
+
+    options = {parameter.name for parameter in typer.main.get_command(cli.app).commands["encode"].params}
+    nested = set(DecodePolicy.model_fields) | {"pixel_dtype", "pixel_range"}
+    assert options == (set(EncodeConfig.model_fields) - {"policy", "pixels"}) | nested | {
+        "source", "vae", "out", "dry_run",
+    }  # fmt: skip
 
 
 def test_a_user_error_is_one_line_and_exit_2(monkeypatch, fails):
@@ -164,7 +190,7 @@ def test_folder_without_images(fails, tmp_path, model_folder):
 
 
 def test_size_that_is_no_multiple(fails, tmp_path, photographs, model_folder):
-    assert "multiple of 8" in fails(
+    assert "takes multiples of 8: 56 and 64 would do" in fails(
         "encode", photographs, "--vae", model_folder, "--out", tmp_path / "store", "--resolution", "60"
     )
     options = ("--set", f"data.source={photographs}", "--set", "data.resolution=60", "--out", tmp_path / "run")
@@ -196,7 +222,7 @@ def test_not_a_store(fails, tmp_path):
 
 def test_one_process_only_where_it_is_so(fails, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in fails("encode", tmp_path, "--vae", "x", "--out", tmp_path / "store")
+    assert "one process" in fails("decode", tmp_path, "--out", tmp_path / "out")
 
 
 # --- commands that work ----------------------------------------------------------------------------------------------
@@ -243,6 +269,113 @@ def test_encode_verify_info_decode_export(capsys, tmp_path, photographs, model_f
     assert "AutoencoderKL" in told
     assert "float16" in told
     assert re.search(r"downsample factor +8\n", told)
+
+
+def test_encode_passes_every_option_on(monkeypatch, tmp_path, capsys):
+    """What the function that does the work gets; what is not passed keeps the default of the config."""
+    from latentvae.latents.encoding.settings import EncodeConfig, resolved_config
+
+    passed = {}
+
+    def record(source, vae, out, **options):
+        passed.update(options, source=source, vae=vae, out=out)
+        return type("Report", (), {"counts": type("Counts", (), {"error": 1}), "__str__": lambda self: "the report"})()
+
+    monkeypatch.setattr("latentvae.latents.encoding.encode.encode_dataset", record)
+    assert run("encode", "images", "--vae", "model", "--out", tmp_path) == 0
+    assert capsys.readouterr().out == "the report\n"
+    config = resolved_config(None, {name: passed[name] for name in EncodeConfig.model_fields if name in passed})
+    assert config == EncodeConfig() and (passed["source"], passed["vae"]) == ("images", "model")
+
+    options = {
+        "buckets": "sdxl", "small": "keep", "filter": "lanczos", "store": "auto", "dtype": "bf16", "precision": "fp16",
+        "seed": 3, "batch_size": "auto", "unit_images": 7, "num_workers": 0, "device": "cpu", "lease_seconds": 20.0,
+        "split": "train", "image_column": "picture", "key_column": "name", "subfolder": "vae", "revision": "main",
+        "variant": "fp16", "engine": "ray", "ray_address": "auto", "ray_actors": 2,
+    }  # fmt: skip
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = ["--hflip", "--retry-errors", "--streaming", "--strict"]
+    pixels = ["--pixel-dtype", "float32", "--pixel-range", "0", "1"]
+    policy = ["--background", "0", "1", "2", "--animation", "refuse", "--max-pixels", "99", "--icc", "ignore"]
+    assert run("encode", "images", "--vae", "model", "--out", tmp_path, *given, *flags, *pixels, *policy) == 1
+    config = resolved_config(None, {name: passed[name] for name in EncodeConfig.model_fields if name in passed})
+    assert {name: getattr(config, name) for name in options} == options
+    assert config.hflip and config.retry_errors and config.streaming
+    assert config.pixels.dtype == "float32" and config.pixels.range == (0.0, 1.0)
+    assert config.policy.model_dump() == {
+        "background": (0, 1, 2), "animation": "refuse", "max_pixels": 99, "icc": "ignore"
+    }  # fmt: skip
+    assert resolved_config(None, {"batch_size": "24"}).batch_size == 24
+
+
+def test_encode_tells_its_plan_and_writes_nothing(capsys, tmp_path, photographs, model_folder, fails):
+    arguments = ("encode", photographs, "--vae", model_folder, "--resolution", "64", "--num-workers", "0")
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*arguments, "--dry-run", "--batch-size", "2", "--device", "cpu") == 0
+    told = capsys.readouterr().out
+    assert "12 images in 1 units" in " ".join(told.split()) and "64x64" in told and "images/s" in told
+    assert run(*arguments, "--dry-run", "--out", tmp_path / "store", "--device", "cpu") == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "give --out" in fails(*arguments)
+
+
+def test_encode_strict_tells_the_report_and_exits_1(capsys, tmp_path, photographs, model_folder):
+    (photographs / "claim.png").write_bytes(b"no image")
+    options = ("--resolution", "64", "--num-workers", "0", "--device", "cpu")
+    arguments = ("encode", photographs, "--vae", model_folder, "--out", tmp_path / "store", *options)
+    assert run(*arguments) == 0
+    assert run(*arguments, "--strict") == 1
+    assert "12 of 13 images encoded, 1 errors" in capsys.readouterr().out
+    (photographs / "claim.png").unlink()
+
+
+def test_a_store_remembers_how_its_vae_was_loaded(tmp_path, photographs, model_folder, capsys):
+    """So that `decode` needs no --vae."""
+    import shutil
+
+    from latentvae.latents.store.files import LatentStore
+
+    shutil.copytree(model_folder, tmp_path / "pipeline" / "vae")
+    options = ("--subfolder", "vae", "--resolution", "64", "--num-workers", "0", "--device", "cpu")
+    store = tmp_path / "store"
+    assert run("encode", photographs, "--vae", tmp_path / "pipeline", "--out", store, *options) == 0
+    vae = LatentStore(store).read_manifest().vae
+    assert (vae.name, vae.subfolder, vae.revision) == (str(tmp_path / "pipeline"), "vae", None)
+    assert run("decode", store, "--out", tmp_path / "out", "--limit", "1") == 0
+
+
+def test_other_kinds_of_pixels_take_the_channels_of_the_model(tmp_path, capsys):
+    import numpy as np
+
+    from latentvae.checkpoint import save_model
+    from latentvae.images import PixelFormat
+    from latentvae.latents.store.files import LatentStore
+    from latentvae.model.autoencoder import AutoencoderKL
+
+    folder = save_model(AutoencoderKL.from_preset("f8c4-tiny", in_channels=5, out_channels=5), tmp_path / "five")
+    (tmp_path / "bands").mkdir()
+    for index in range(3):
+        np.save(tmp_path / "bands" / f"{index}.npy", np.full((64, 64, 5), 1000 * index, np.uint16))
+    options = ("--pixel-dtype", "uint16", "--resolution", "64", "--num-workers", "0", "--device", "cpu")
+    assert run("encode", tmp_path / "bands", "--vae", folder, "--out", tmp_path / "store", *options) == 0
+    assert "3 of 3 images encoded" in capsys.readouterr().out
+    fields = LatentStore(tmp_path / "store").read_manifest().fields["pixels"]
+    assert PixelFormat(channels=5, dtype="uint16").channels == fields["channels"] and fields["dtype"] == "uint16"
+
+
+@pytest.mark.multiprocess
+def test_encode_runs_in_several_processes_and_one_tells_the_report(tmp_path, photographs, model_folder):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--resolution", "64", "--num-workers", "0", "--unit-images", "2", "--batch-size", "2", "--store", "auto"]
+    command = ["-m", "latentvae", "encode", photographs, "--vae", model_folder, "--out", tmp_path / "store", *options]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("12 of 12 images encoded") == 1
+    assert result.stderr.count("posterior std") == 1
+    assert run("verify", tmp_path / "store") == 0
 
 
 def test_info_counts_parameters(capsys, model_folder, fails, tmp_path):

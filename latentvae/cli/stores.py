@@ -1,116 +1,123 @@
-"""Commands about latent stores: encode, decode, verify."""
+"""Commands about latent stores that are there: decode, verify, stats, gc."""
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from latentvae.cli.app import RevisionOption, SubfolderOption, VaeOption, VariantOption, app, given
+from latentvae.cli.app import app, given
 from latentvae.errors import UserError
 
-
-@app.command()
-def encode(
-    source: Annotated[str, typer.Argument(help="folder of images, or python:module:function")],
-    vae: VaeOption,
-    out: Annotated[Path, typer.Option(help="folder of the latent store")],
-    resolution: Annotated[
-        int | None, typer.Option(help="shorter side in pixels; the centre square is cut out  [default: 256]")
-    ] = None,
-    subfolder: SubfolderOption = None,
-    revision: RevisionOption = None,
-    variant: VariantOption = None,
-    store: Annotated[
-        Literal["moments", "mean", "sample"] | None,
-        typer.Option(help="what to keep of the posterior  [default: moments]"),
-    ] = None,
-    dtype: Annotated[
-        Literal["fp16", "bf16", "fp32"] | None, typer.Option(help="of the stored latents  [default: fp16]")
-    ] = None,
-    precision: Annotated[
-        Literal["fp32", "bf16"] | None, typer.Option(help="of the encoder's arithmetic  [default: fp32]")
-    ] = None,
-    small: Annotated[
-        Literal["skip", "upscale"] | None,
-        typer.Option(help="images smaller than the resolution: leave out and count, or enlarge  [default: skip]"),
-    ] = None,
-    pixel_dtype: Annotated[
-        Literal["uint8", "uint16", "float32"] | None, typer.Option(help="of the images  [default: uint8]")
-    ] = None,
-    pixel_range: Annotated[
-        tuple[float, float] | None, typer.Option(help="darkest and brightest  [default: all of the integer type]")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="images per forward  [default: 16]")] = None,
-    unit_images: Annotated[int | None, typer.Option(help="images per shard, at most  [default: 1024]")] = None,
-    num_workers: Annotated[
-        int | None, typer.Option(help="processes that read images  [default: one per core, 8 at most]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="such as cuda:1  [default: a GPU where there is one]")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="fail where any image could not be encoded")] = False,
-) -> None:
-    """Turn images into a latent store.
-
-    Run it again with the same arguments to continue a store that was interrupted.
-    """
-    from latentvae.checkpoint import load_model
-    from latentvae.images import PixelFormat
-    from latentvae.latents.encode import encode_dataset
-
-    _one_process("encode")
-    is_plain = (subfolder, revision, variant, pixel_dtype, pixel_range) == (None,) * 5
-    model = vae if is_plain else load_model(vae, subfolder=subfolder, revision=revision, variant=variant)
-    options = given(
-        resolution=resolution,
-        store=store,
-        dtype=dtype,
-        precision=precision,
-        small=small,
-        batch_size=batch_size,
-        unit_images=unit_images,
-        num_workers=num_workers,
-        device=device,
-    )
-    if not isinstance(model, str) and (pixel_dtype or pixel_range):
-        chosen = given(dtype=pixel_dtype, range=pixel_range)
-        options["pixels"] = PixelFormat(channels=model.config.in_channels, **chosen)
-    report = encode_dataset(source, model, out, **options)
-    print(report)
-    if strict and report.counts.error:
-        raise typer.Exit(1)
+StoreArgument = Annotated[Path, typer.Argument(help="folder of a latent store")]
+ReadArgument = Annotated[str, typer.Argument(help="folder or URL of a latent store")]
+DeviceOption = Annotated[str | None, typer.Option(help="such as cuda:1  [default: a GPU where there is one]")]
 
 
 @app.command()
 def decode(
-    store: Annotated[Path, typer.Argument(help="folder of a latent store")],
+    store: ReadArgument,
     out: Annotated[Path, typer.Option(help="folder for the pictures")],
     vae: Annotated[
         str | None, typer.Option(help="diffusers folder, hub id or file  [default: the one that encoded]")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="decode the first N only")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images per forward  [default: 16]")] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Turn the latents of a store into pictures."""
-    from latentvae.latents.decode import decode_store
+    from latentvae.latents.operating.decode import decode_store
 
     _one_process("decode")
-    print(decode_store(store, out, **given(vae=vae, limit=limit)))
+    print(decode_store(store, out, **given(vae=vae, limit=limit, batch_size=batch_size, device=device)))
 
 
 @app.command()
-def verify(store: Annotated[Path, typer.Argument(help="folder of a latent store")]) -> None:
+def verify(
+    store: StoreArgument,
+    full: Annotated[bool, typer.Option("--full", help="hash every file: finds any flipped byte")] = False,
+    deep: Annotated[int, typer.Option(metavar="N", help="encode N rows again and compare")] = 0,
+    vae: Annotated[str | None, typer.Option(help="for --deep  [default: the one that encoded]")] = None,
+    source: Annotated[str | None, typer.Option(help="for --deep: where the images are now")] = None,
+    device: DeviceOption = None,
+    drop_damaged: Annotated[
+        bool, typer.Option("--drop-damaged", help="remove the records of damaged units: the next encode redoes them")
+    ] = False,
+) -> None:
     """Check that a latent store is whole.
 
-    Plan, records, sizes and headers are read, not the latents themselves. Exits 1 where something is wrong.
+    Plan, records, indexes, sizes and headers are read, not the latents themselves, unless --full or --deep. Exits 1
+    where something is wrong.
     """
-    from latentvae.latents.verify import verify_store
+    from latentvae.latents.operating.verify import verify_store
 
-    report = verify_store(store)
+    _one_process("verify")
+    if not deep and (vae, source) != (None, None):
+        raise UserError("--vae and --source are for --deep N")
+    report = verify_store(
+        store,
+        level="full" if full else "quick",
+        deep=deep,
+        drop_damaged=drop_damaged,
+        **given(vae=vae, source=source, device=device),
+    )
     print(report)
     if not report.is_whole:
         raise typer.Exit(1)
 
 
+@app.command()
+def stats(
+    store: ReadArgument,
+    write_config: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="write the scaling into the config.json of this diffusers folder")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace values that are there already")] = False,
+    per_channel: Annotated[
+        bool, typer.Option("--per-channel", help="write latents_mean and latents_std, and scaling_factor 1")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Tell mean and deviation of the latents, counts and sizes, from the commit records alone."""
+    from rich.console import Console
+
+    from latentvae.latents.operating.measured import write_measured
+    from latentvae.latents.operating.statistics import store_statistics
+
+    _one_process("stats")
+    if write_config is None and (force or per_channel):
+        raise UserError("--force and --per-channel are for --write-config DIR")
+    statistics = store_statistics(store)
+    if as_json:
+        print(json.dumps(statistics.to_dict(), indent=2))
+    else:
+        Console(width=None if os.isatty(1) else 200).print(statistics.table(), highlight=False, soft_wrap=True)
+    if write_config is not None:
+        changed = write_measured(statistics, write_config, per_channel=per_channel, force=force)
+        told = ", ".join(f"{name} {value}" for name, value in changed.items()) or "nothing, the values are there"
+        typer.echo(f"written to {write_config}: {told}", err=as_json)
+        if changed:
+            advice = "run the same encode again and the store takes them over (no image is encoded again)"
+            typer.echo(f"{store} still normalizes with the old values: {advice}", err=as_json)
+
+
+@app.command()
+def gc(
+    store: StoreArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be removed, and stop")] = False,
+) -> None:
+    """Remove what edits, retries and killed processes left in a latent store.
+
+    Nothing that a commit record names is touched, nor what a running encode works on.
+    """
+    from latentvae.latents.operating.collect import collect_garbage
+
+    _one_process("gc")
+    print(collect_garbage(store, dry_run=dry_run))
+
+
 def _one_process(command: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
-        raise UserError(f"latentvae {command} runs in one process so far, and {processes} were started: start one")
+        raise UserError(f"latentvae {command} runs in one process, and {processes} were started: start one")

@@ -1,0 +1,1 @@
+"""Checking, measuring, tidying, decoding and exporting a latent store."""
