@@ -7,14 +7,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentvae.autoencoders.adapter import load_autoencoder as load_autoencoder
     from latentvae.checkpoint import load_model as load_model
     from latentvae.checkpoint import save_model as save_model
+    from latentvae.convert import convert_model as convert_model
+    from latentvae.data.captions import open_captions as open_captions
+    from latentvae.data.sources import open_source as open_source
     from latentvae.errors import UserError as UserError
     from latentvae.export import export_model as export_model
     from latentvae.images import PixelFormat as PixelFormat
-    from latentvae.latents.dataset import LatentDataset as LatentDataset
-    from latentvae.latents.decode import decode_store as decode_store
-    from latentvae.latents.encode import encode_dataset as encode_dataset
+    from latentvae.latents.encoding.encode import encode_dataset as encode_dataset
+    from latentvae.latents.operating.decode import decode_store as decode_store
+    from latentvae.latents.operating.hand_over import export_store as export_store
+    from latentvae.latents.operating.statistics import store_statistics as store_statistics
+    from latentvae.latents.operating.verify import verify_store as verify_store
+    from latentvae.latents.reading.dataset import LatentDataset as LatentDataset
+    from latentvae.latents.reading.iterable import LatentIterableDataset as LatentIterableDataset
+    from latentvae.latents.reading.mixing import MixedLatentDataset as MixedLatentDataset
+    from latentvae.latents.reading.sampler import BucketBatchSampler as BucketBatchSampler
     from latentvae.model.autoencoder import AutoencoderKL as AutoencoderKL
     from latentvae.recipe import Recipe as Recipe
     from latentvae.recipe import build as build
@@ -25,18 +35,28 @@ __version__ = "0.1.0"
 
 _HOMES = {  # public name -> the module that defines it
     "AutoencoderKL": "latentvae.model.autoencoder",
-    "LatentDataset": "latentvae.latents.dataset",
+    "BucketBatchSampler": "latentvae.latents.reading.sampler",
+    "LatentDataset": "latentvae.latents.reading.dataset",
+    "LatentIterableDataset": "latentvae.latents.reading.iterable",
+    "MixedLatentDataset": "latentvae.latents.reading.mixing",
     "PixelFormat": "latentvae.images",
     "Recipe": "latentvae.recipe",
     "Trainer": "latentvae.training.trainer",
     "UserError": "latentvae.errors",
     "build": "latentvae.recipe",
-    "decode_store": "latentvae.latents.decode",
-    "encode_dataset": "latentvae.latents.encode",
+    "convert_model": "latentvae.convert",
+    "decode_store": "latentvae.latents.operating.decode",
+    "encode_dataset": "latentvae.latents.encoding.encode",
     "export_model": "latentvae.export",
+    "export_store": "latentvae.latents.operating.hand_over",
+    "load_autoencoder": "latentvae.autoencoders.adapter",
     "load_model": "latentvae.checkpoint",
     "load_recipe": "latentvae.recipe",
+    "open_captions": "latentvae.data.captions",
+    "open_source": "latentvae.data.sources",
     "save_model": "latentvae.checkpoint",
+    "store_statistics": "latentvae.latents.operating.statistics",
+    "verify_store": "latentvae.latents.operating.verify",
 }
 
 

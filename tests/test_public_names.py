@@ -11,18 +11,28 @@ import latentvae
 
 PUBLIC = [
     "AutoencoderKL",
+    "BucketBatchSampler",
     "LatentDataset",
+    "LatentIterableDataset",
+    "MixedLatentDataset",
     "PixelFormat",
     "Recipe",
     "Trainer",
     "UserError",
     "build",
+    "convert_model",
     "decode_store",
     "encode_dataset",
     "export_model",
+    "export_store",
+    "load_autoencoder",
     "load_model",
     "load_recipe",
+    "open_captions",
+    "open_source",
     "save_model",
+    "store_statistics",
+    "verify_store",
 ]
 
 
