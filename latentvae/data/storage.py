@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from latentvae.data.entries import io_reason
@@ -19,7 +19,9 @@ from latentvae.images import ImageError
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _OPEN_FILES = 32  # at a time in a process; a run may read thousands of shards
-_ATTEMPTS = 3  # at a remote read, since networks drop some
+T = TypeVar("T")
+
+ATTEMPTS = 3  # at a remote read, since networks drop some
 _MAX_NAMES = 1_000_000  # out of braces, so that a slip of the hand does not fill the memory
 
 
@@ -177,7 +179,7 @@ def read_file(name: str) -> bytes | Exception:
     """All bytes of an image file, or the ImageError or OSError that says why they cannot be had."""
     if is_url(name):
         try:
-            return _with_attempts(lambda: _cat(name))
+            return with_attempts(lambda: _cat(name))
         except UserError as error:
             return ImageError(str(error))
         except OSError as error:
@@ -199,15 +201,15 @@ def _cat(url: str, start: int | None = None, end: int | None = None) -> bytes:
     return content
 
 
-def _with_attempts(read: Callable[[], bytes]) -> bytes:
-    """A remote read, repeated where it fails. Raises OSError or UserError."""
-    for attempt in range(_ATTEMPTS):
+def with_attempts(read: Callable[[], T]) -> T:
+    """A remote read, repeated where it fails. Raises OSError (FileNotFoundError at once) or UserError."""
+    for attempt in range(ATTEMPTS):
         try:
             return read()
         except (FileNotFoundError, UserError):
             raise
         except Exception as error:  # the libraries behind fsspec raise almost anything
-            if attempt == _ATTEMPTS - 1:
+            if attempt == ATTEMPTS - 1:
                 raise OSError(f"{type(error).__name__}: {io_reason(error)}") from error
             time.sleep(0.5 * 4**attempt)
     raise AssertionError("unreachable")
@@ -246,7 +248,7 @@ class OpenFiles:
             end = stream.seek(0, os.SEEK_END)  # what a header claims may be any number, and memory is taken for it
             stream.seek(start)
             return stream.read(max(0, min(count, end - start)))
-        content = _with_attempts(lambda: _cat(name, start, start + count))
+        content = with_attempts(lambda: _cat(name, start, start + count))
         if len(content) > count:  # a web server that knows no ranges answers with the whole file
             raise OSError(f"{url_of_server(name)} gives files only as a whole")
         return content

@@ -19,6 +19,7 @@ from latentvae.latents.store.files import LatentStore, open_shard
 from latentvae.latents.store.plan import Plan
 from latentvae.model.autoencoder import AutoencoderKL
 
+COUNT = 60  # pictures of the tests with several processes, in 20 units of SETTINGS
 SETTINGS = {"resolution": 32, "unit_images": 3, "batch_size": 2, "num_workers": 0, "progress": False}
 FORK_SERVER = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
 FORK_SERVER.set_forkserver_preload(["tests.latents.stores"])  # a new process then takes no seconds of imports

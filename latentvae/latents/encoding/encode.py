@@ -9,12 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentvae.autoencoders.adapter import ImageAutoencoder, load_autoencoder
-from latentvae.data.entries import ImageSource
+from latentvae.autoencoders.adapter import load_autoencoder
 from latentvae.data.sources import open_source
 from latentvae.errors import UserError
 from latentvae.files import check_writable
-from latentvae.images import PixelFormat
 from latentvae.latents.encoding.encoder import LatentEncoder
 from latentvae.latents.encoding.engine import UnitEncoder, Waits, Work, encode_here, explained
 from latentvae.latents.encoding.launch import Launch
@@ -23,8 +21,7 @@ from latentvae.latents.encoding.opened import OpenedStore, require_empty, requir
 from latentvae.latents.encoding.preprocess import UnitImages
 from latentvae.latents.encoding.ray_engine import encode_on_ray
 from latentvae.latents.encoding.resume import join_store, open_store
-from latentvae.latents.encoding.settings import EncodeConfig, environment, pixels_of, resolved_config, rule_of
-from latentvae.latents.store.buckets import BucketRule
+from latentvae.latents.encoding.settings import EncodeConfig, Task, environment, pixels_of, resolved_config, rule_of
 from latentvae.latents.store.files import LatentStore
 from latentvae.latents.store.lease import Leases
 from latentvae.latents.store.records import CommitRecord, Counts, StoreKind
@@ -106,15 +103,9 @@ def encode_dataset(
 
 
 @dataclass
-class EncodeJob:
+class EncodeJob(Task):
     """Everything that one process needs to encode."""
 
-    source: ImageSource
-    vae: ImageAutoencoder
-    store: LatentStore
-    rule: BucketRule
-    pixels: PixelFormat
-    config: EncodeConfig
     launch: Launch
     given: object  # the source as it was given
 
@@ -160,16 +151,12 @@ class EncodeJob:
 
     def open(self, leases: Leases) -> OpenedStore:
         """The first process of a launch plans; the others wait for it."""
-        arguments = (self.store, self.source, self.vae, self.rule, self.pixels, self.config, leases)
         if not self.launch.is_main:
             self.launch.wait()
-            return self._joined(leases)
-        opened = open_store(*arguments, measures=self)
+            return join_store(self, leases)
+        opened = open_store(self, leases, measures=self)
         self.launch.wait()
         return opened
-
-    def _joined(self, leases: Leases) -> OpenedStore:
-        return join_store(self.store, self.source, self.vae, self.rule, self.pixels, self.config, leases)
 
     def packed(self) -> "EncodeJob":
         """To be sent to another process: without a listing that it does not need, and off the device."""
@@ -181,7 +168,7 @@ class EncodeJob:
     def join(self, leases: Leases, launch: Launch) -> UnitEncoder:
         """In the process that it was sent to, when the store was opened."""
         job = replace(self, launch=launch)
-        return job.unit_encoder(job._joined(leases))
+        return job.unit_encoder(join_store(job, leases))
 
     def kind(self) -> StoreKind:
         """What of the posterior is worth keeping: measured on some of the images."""

@@ -68,7 +68,7 @@ def _planned(job: EncodeJob, folder: Path | None) -> EncodePlan:
     kind = store_kind_of(config, job.vae)
     if kind == "auto":
         kind = calibration.kind if old is None else old.store
-    manifest = new_manifest(job.source, job.vae, rule, job.pixels, config, kind)
+    manifest = new_manifest(job, kind)
     if old is not None:
         require_same_work(store, old, manifest)
     work = _work(job, manifest)

@@ -5,14 +5,10 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from latentvae.autoencoders.adapter import ImageAutoencoder
-from latentvae.data.entries import ImageSource
 from latentvae.errors import UserError
-from latentvae.images import PixelFormat
 from latentvae.latents.encoding.growth import Growth, compare, plan_new_images
 from latentvae.latents.encoding.opened import OpenedStore, plan_records
-from latentvae.latents.encoding.settings import EncodeConfig, new_manifest, store_kind_of
-from latentvae.latents.store.buckets import BucketRule
+from latentvae.latents.encoding.settings import EncodeConfig, Task, new_manifest, store_kind_of
 from latentvae.latents.store.files import LatentStore, content_hash
 from latentvae.latents.store.fingerprint import differences, require_same
 from latentvae.latents.store.lease import PLAN_LEASE, Lease, Leases
@@ -38,29 +34,21 @@ class Measures(Protocol):
         ...
 
 
-def open_store(
-    store: LatentStore,
-    source: ImageSource,
-    vae: ImageAutoencoder,
-    rule: BucketRule,
-    pixels: PixelFormat,
-    config: EncodeConfig,
-    leases: Leases,
-    measures: Measures,
-) -> OpenedStore:
+def open_store(task: Task, leases: Leases, measures: Measures) -> OpenedStore:
     """Begin or continue a store, as one process of a launch does. UserError where it was made in another way.
 
     Lists the source, plans what is new, finds what was edited, and reads what is done; `measures` are asked for what
     is `auto` and not recorded yet.
     """
+    store, source, config = task.store, task.source, task.config
     entries = source.entries()  # before the lease: it may take long, and several may do it at once
     with leases.wait_for(PLAN_LEASE, logger.info) as lease:
         remove_temporary(store, leases)
         old = store.read_manifest() if store.manifest_path.exists() else None
-        kind = store_kind_of(config, vae)
+        kind = store_kind_of(config, task.vae)
         if kind == "auto":
             kind = measures.kind() if old is None else old.store
-        opened = _opened(store, source, vae, rule, pixels, config, leases, kind)
+        opened = _opened(task, leases, kind)
         if old is not None:
             _continue_manifest(opened, old)
         growth = compare(opened.plan, entries)
@@ -90,35 +78,18 @@ def open_store(
     return opened
 
 
-def join_store(
-    store: LatentStore,
-    source: ImageSource,
-    vae: ImageAutoencoder,
-    rule: BucketRule,
-    pixels: PixelFormat,
-    config: EncodeConfig,
-    leases: Leases,
-) -> OpenedStore:
+def join_store(task: Task, leases: Leases) -> OpenedStore:
     """Work on a store that another process of the same launch has opened: without listing the source again."""
-    manifest = store.read_manifest()
-    opened = _opened(store, source, vae, rule, pixels, config, leases, manifest.store)
-    require_same_work(store, manifest, opened.manifest)
+    manifest = task.store.read_manifest()
+    opened = _opened(task, leases, manifest.store)
+    require_same_work(task.store, manifest, opened.manifest)
     opened.manifest = manifest
     return opened
 
 
-def _opened(
-    store: LatentStore,
-    source: ImageSource,
-    vae: ImageAutoencoder,
-    rule: BucketRule,
-    pixels: PixelFormat,
-    config: EncodeConfig,
-    leases: Leases,
-    kind: StoreKind,
-) -> OpenedStore:
-    manifest = new_manifest(source, vae, rule, pixels, config, kind)
-    return OpenedStore(store, manifest, Plan(store.plan_folder), rule, pixels, source, leases)
+def _opened(task: Task, leases: Leases, kind: StoreKind) -> OpenedStore:
+    plan = Plan(task.store.plan_folder)
+    return OpenedStore(task.store, new_manifest(task, kind), plan, task.rule, task.pixels, task.source, leases)
 
 
 def require_same_work(store: LatentStore, old: Manifest, new: Manifest) -> None:

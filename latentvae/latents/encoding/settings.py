@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import diffusers
@@ -17,6 +18,7 @@ from latentvae.images import DecodePolicy, PixelFormat
 from latentvae.images.geometry import ResizeFilter
 from latentvae.latents.encoding.encoder import Precision
 from latentvae.latents.store.buckets import BucketRule, SmallPolicy, bucket_rule, square_rule
+from latentvae.latents.store.files import LatentStore
 from latentvae.latents.store.fingerprint import fingerprint, plain
 from latentvae.latents.store.records import SCHEMA, Manifest, StoreDtype, StoreKind, VAERecord
 
@@ -177,16 +179,22 @@ def fingerprint_fields(
     )
 
 
-def new_manifest(
-    source: ImageSource,
-    vae: ImageAutoencoder,
-    rule: BucketRule,
-    pixels: PixelFormat,
-    config: EncodeConfig,
-    store: StoreKind,
-) -> Manifest:
+@dataclass
+class Task:
+    """What is to be encoded, into which store, and how."""
+
+    source: ImageSource
+    vae: ImageAutoencoder
+    store: LatentStore
+    rule: BucketRule
+    pixels: PixelFormat
+    config: EncodeConfig
+
+
+def new_manifest(task: Task, store: StoreKind) -> Manifest:
     """Of a store that is to be begun."""
-    fields = fingerprint_fields(config, store, vae.encoder_hash, rule, pixels)
+    vae, config = task.vae, task.config
+    fields = fingerprint_fields(config, store, vae.encoder_hash, task.rule, task.pixels)
     record = VAERecord(
         name=vae.name,
         class_name=vae.class_name,
@@ -203,9 +211,9 @@ def new_manifest(
         dtype=config.dtype,
         hflip=config.hflip,
         latent_channels=vae.latent_channels,
-        buckets=list(rule.buckets),
+        buckets=list(task.rule.buckets),
         vae=record,
-        source=source.name,
+        source=task.source.name,
         source_options=config.source_options,
     )
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latentvae.data.storage import filesystem
+from latentvae.data.storage import ATTEMPTS, filesystem, with_attempts
 from latentvae.errors import UserError, one_line
 from latentvae.files import TEMPORARY_MARK, atomic_file, sha256_file
 from latentvae.latents.reading.access import store_changed
@@ -18,7 +18,6 @@ from latentvae.latents.store.records import FileRecord
 
 T = TypeVar("T")
 
-ATTEMPTS = 3  # at a download, since networks drop some
 RECORDS_TOGETHER = 512  # commit records asked for at once
 ABANDONED_SECONDS = 24 * 3600.0  # after which a temporary file in the cache belongs to nobody
 
@@ -139,17 +138,17 @@ class RemoteFiles:
 
     def _asked(self, request: Callable[[Any, str], T]) -> T:
         """Ask the file system, again where the network fails. FileNotFoundError, or UserError for all else."""
-        for attempt in range(ATTEMPTS):
-            try:
-                system, root = filesystem(self.name)  # kept by fsspec, and made anew in a forked process
-                return request(system, root.rstrip("/"))
-            except (FileNotFoundError, UserError):
-                raise
-            except Exception as error:  # the libraries behind fsspec raise almost anything
-                if attempt == ATTEMPTS - 1:
-                    raise UserError(f"{self.name} cannot be read: {type(error).__name__}: {one_line(error)}") from error
-                time.sleep(0.5 * 4**attempt)
-        raise AssertionError("unreachable")
+
+        def ask() -> T:
+            system, root = filesystem(self.name)  # kept by fsspec, and made anew in a forked process
+            return request(system, root.rstrip("/"))
+
+        try:
+            return with_attempts(ask)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise UserError(f"{self.name} cannot be read: {error}") from error
 
     def _evict(self, newest: Path) -> None:
         """Remove the least recently used files beyond max_bytes, but for those that are just being read."""

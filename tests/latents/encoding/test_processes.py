@@ -22,23 +22,10 @@ from latentvae.latents.operating.verify import verify_store
 from latentvae.latents.store.files import UncommittedUnit
 from latentvae.latents.store.lease import Leases
 from latentvae.latents.store.plan import Plan
-from tests.latents.stores import SETTINGS, Slow, contents, latents_of, rows_of, start, tiny_vae, write_pictures
+from tests.latents.stores import COUNT, SETTINGS, Slow, contents, latents_of, rows_of, start, tiny_vae, write_pictures
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.skipif(os.name == "nt", reason="no SIGSTOP, no torchrun")]
 ROOT = Path(__file__).parents[3]
-COUNT = 60  # images, in 20 units
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    write_pictures(tmp_path / "pictures", COUNT)
-    return tmp_path / "pictures"
-
-
-@pytest.fixture
-def undisturbed(pictures, tmp_path):
-    encode_dataset(Slow(pictures), tiny_vae(), tmp_path / "undisturbed", **SETTINGS)
-    return contents(tmp_path / "undisturbed")
 
 
 def require_whole(store, undisturbed):

@@ -13,10 +13,9 @@ from latentvae.latents.encoding.encode import encode_dataset
 from latentvae.latents.encoding.ray_actors import Crew, Places
 from latentvae.latents.encoding.settings import EncodeConfig
 from latentvae.latents.operating.verify import verify_store
-from tests.latents.stores import SETTINGS, Slow, contents, records_of, rows_of, start, tiny_vae, write_pictures
+from tests.latents.stores import COUNT, SETTINGS, Slow, contents, records_of, rows_of, start, tiny_vae
 
 pytestmark = pytest.mark.multiprocess
-COUNT = 60
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +25,6 @@ def cluster():
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield ray
     ray.shutdown()
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    write_pictures(tmp_path / "pictures", COUNT)
-    return tmp_path / "pictures"
-
-
-@pytest.fixture
-def undisturbed(pictures, tmp_path):
-    encode_dataset(Slow(pictures), tiny_vae(), tmp_path / "undisturbed", **SETTINGS)
-    return contents(tmp_path / "undisturbed")
 
 
 def encode(source, out, **options):
@@ -118,9 +105,10 @@ class KillsActors:
             if self.left and done >= 2 * (sum(self.killed.values()) + 1):
                 leases = [path.read_text() for path in self.store.glob("leases/u*.lease")]
                 pids = [int(text.split('"pid": ')[1].split(",")[0]) for text in leases]
-                if pids and pids[0] != os.getpid():
-                    os.kill(pids[0], signal.SIGKILL)
-                    self.killed[pids[0]] += 1
+                alive = [pid for pid in pids if pid != os.getpid() and pid not in self.killed]
+                if alive:  # the leases of the dead stay until they are taken over
+                    os.kill(alive[0], signal.SIGKILL)
+                    self.killed[alive[0]] += 1
                     self.left -= 1
             return finished(crew, min(seconds, 0.05))
 
