@@ -24,6 +24,7 @@ from latentvae.latents.encoding.unit import UnitLatents, WaitingBatch
 from latentvae.latents.store.files import LatentStore, UnitContent, write_unit
 from latentvae.latents.store.lease import Lease
 from latentvae.latents.store.plan import PlannedImage, Unit
+from latentvae.latents.store.records import unit_name
 from latentvae.progress import ImageProgress
 
 logger = logging.getLogger("latentvae")
@@ -238,7 +239,7 @@ def claim_units(opened: OpenedStore, numbers: Iterable[int]) -> Iterator[Claim]:
         if opened.is_done(number):
             continue
         with explained(opened.store):
-            lease = opened.leases.claim(f"u{number:06d}")
+            lease = opened.leases.claim(unit_name(number))
         if lease is None:
             continue
         if opened.is_done(number):  # between looking and claiming

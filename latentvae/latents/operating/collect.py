@@ -11,6 +11,7 @@ from latentvae.files import TEMPORARY_MARK
 from latentvae.latents.store.files import LatentStore
 from latentvae.latents.store.lease import PLAN_LEASE, SUFFIX, Leases
 from latentvae.latents.store.leftovers import removable, unnamed_files
+from latentvae.latents.store.records import unit_name
 
 RECORD_FILE = re.compile(r"u(\d{6,})\.json")
 
@@ -70,7 +71,7 @@ def _collected(layout: LatentStore, dry_run: bool) -> GarbageReport:
         live = leases.live_tokens()
         records = (layout.read_record(bucket, unit) for bucket, unit, _ in record_files(layout))
         for unit, paths in unnamed_files(layout, filter(None, records)).items():
-            lease = layout.leases / f"u{unit:06d}{SUFFIX}"
+            lease = leases.path(unit_name(unit))
             why = "no record names it"
             if dry_run:
                 files = [] if lease_token(lease) in live else [_garbage(layout, path, why) for path in paths]

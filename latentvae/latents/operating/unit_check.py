@@ -10,7 +10,7 @@ from latentvae.errors import UserError
 from latentvae.files import sha256_file
 from latentvae.latents.store.files import LatentStore, is_sealed, open_shard, read_index
 from latentvae.latents.store.fingerprint import differences, fingerprint
-from latentvae.latents.store.records import DTYPES, MIXED, Bucket, CommitRecord, Counts, IndexRow, Manifest
+from latentvae.latents.store.records import DTYPES, MIXED, Bucket, CommitRecord, Counts, IndexRow, Manifest, unit_name
 
 SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)")  # name of a bucket
 
@@ -83,7 +83,7 @@ def _misnamed(record: CommitRecord) -> str | None:
     for (bucket, suffix), path in places.items():
         if not (SIZE.fullmatch(bucket) or (bucket == MIXED and suffix == ".parquet")):
             return f"{bucket!r} is no bucket"
-        if path != f"shards/{bucket}/u{record.unit:06d}-{generation}{suffix}":
+        if path != f"shards/{bucket}/{unit_name(record.unit)}-{generation}{suffix}":
             return f"it names {path}, which is not what a file of that content is called"
     return None
 

@@ -18,7 +18,7 @@ from latentvae.latents.store.fingerprint import fingerprint
 from latentvae.latents.store.lease import PLAN_LEASE, SUFFIX, Leases
 from latentvae.latents.store.leftovers import UNIT_FILE
 from latentvae.latents.store.plan import Plan, plan_files
-from latentvae.latents.store.records import CommitRecord, Counts, Manifest, merge_sums
+from latentvae.latents.store.records import CommitRecord, Counts, Manifest, merge_sums, unit_name
 from latentvae.progress import ImageProgress
 
 logger = logging.getLogger("latentvae")
@@ -216,8 +216,9 @@ def _extra_files(layout: LatentStore, found: _Findings) -> Iterator[str]:
     expected |= {layout.record_path(home, number) for number, home in found.homes.items()}
     expected |= {layout.folder / name for record in found.records.values() for name in record.files}
     paths = sorted(path for path in layout.folder.rglob("*") if path not in expected and not path.is_dir())
+    leases = Leases(layout.leases)
     try:
-        live = Leases(layout.leases).live_tokens() if layout.leases.is_dir() else set()
+        live = leases.live_tokens() if layout.leases.is_dir() else set()
     except OSError:  # a folder that cannot be written: the clock of its file server cannot be asked
         live = {lease_token(path) for path in layout.leases.glob(f"*{SUFFIX}")}
     for path in paths:
@@ -235,7 +236,7 @@ def _extra_files(layout: LatentStore, found: _Findings) -> Iterator[str]:
             continue  # its record is damaged, and may have named it
         elif _is_named(layout, found, int(unit[1]), name):
             continue  # by a record that was committed while this was looking
-        elif lease_token(layout.leases / f"u{int(unit[1]):06d}{SUFFIX}") not in live and path.exists():
+        elif lease_token(leases.path(unit_name(int(unit[1])))) not in live and path.exists():
             yield f"{name}: no commit record names it (latentvae gc removes it)"
 
 

@@ -109,12 +109,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a pass: sets the epoch, whose first `batches` are then left out. UserError for another order."""
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise UserError(
-                    f"the sampler's state has {name} {state.get(name)} and this sampler {value}: a pass can only be "
-                    "continued with the settings and the items it was begun with"
-                )
+        require_same_pass(state, self._identity(), "sampler")
         self.set_epoch(int(state["epoch"]))
         self._start = self._given = (self.epoch, int(state["batches"]))
 
@@ -170,6 +165,16 @@ class BucketBatchSampler(Sampler[list[int]]):
                 together = size * self.num_replicas
                 steps.append(np.resize(items[first : first + together], together))  # it repeats from the beginning
         return steps
+
+
+def require_same_pass(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """UserError where a state does not belong to a pass of the settings and items `expected`."""
+    for name, value in expected.items():
+        if state.get(name) != value:
+            raise UserError(
+                f"the {what}'s state has {name} {state.get(name)} and this {what} {value}: a pass can only be "
+                "continued with the settings and the items it was begun with"
+            )
 
 
 def process_place(rank: int | None, num_replicas: int | None) -> tuple[int, int]:

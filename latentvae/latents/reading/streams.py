@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from latentvae.errors import UserError
 from latentvae.latents.reading.items import ItemReader, LatentItem, Rows, picked
-from latentvae.latents.reading.sampler import process_place
+from latentvae.latents.reading.sampler import process_place, require_same_pass
 
 READ_TOGETHER = 32  # items, where there are no batches
 
@@ -122,12 +122,7 @@ class LatentStream(IterableDataset[Any], ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a pass: sets the epoch, in which what was taken does not come again. UserError for another order."""
-        for name, value in self._settings().items():
-            if state.get(name) != value:
-                raise UserError(
-                    f"the state has {name} {state.get(name)} and this dataset {value}: a pass can only be continued "
-                    "with the settings and the stores it was begun with"
-                )
+        require_same_pass(state, self._settings(), "dataset")
         self.set_epoch(int(state["epoch"]))
         self._resumed = self.epoch, [(int(stream), int(given)) for stream, given in state["streams"]]
         self._given = self.epoch, self._resumed[1][0][1]

@@ -42,6 +42,7 @@ from latentvae.latents.store.records import (
     Manifest,
     channel_sums,
     merge_sums,
+    unit_name,
 )
 
 CHECKSUM = "checksum"  # the last field of manifest and commit records
@@ -61,7 +62,7 @@ class LatentStore:
 
     def record_path(self, bucket: str, unit: int) -> Path:
         """Of the commit record of a unit, whose home is `bucket`."""
-        return self.shards / bucket / f"u{unit:06d}.json"
+        return self.shards / bucket / f"{unit_name(unit)}.json"
 
     def relative(self, path: Path) -> str:
         """As commit records and messages name a file."""
@@ -129,7 +130,7 @@ def write_unit(
     `owner`: of the lease, in temporary names. Raises OSError where the disk does not take it (full, read-only).
     """
     header = {"schema_version": SCHEMA, "fingerprint": manifest.fingerprint, "unit": content.unit}
-    stem = f"u{content.unit:06d}"
+    stem = unit_name(content.unit)
     home = store.shards / content.bucket
     written: dict[tuple[str, str], Path] = {}  # (bucket, suffix) -> temporary file
     try:

@@ -65,9 +65,13 @@ class Leases:
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
 
+    def path(self, name: str) -> Path:
+        """Of the file of that lease."""
+        return self.folder / f"{name}{SUFFIX}"
+
     def claim(self, name: str) -> Lease | None:
         """Take the lease of that name; None where another process holds it."""
-        path = self.folder / f"{name}{SUFFIX}"
+        path = self.path(name)
         token = secrets.token_hex(8)
         while True:
             owner, age = _read(path), self._age(path)
@@ -122,7 +126,7 @@ class Leases:
 
     def holder(self, name: str) -> str | None:
         """Who holds a lease, for people; None where nobody does."""
-        owner = _read(self.folder / f"{name}{SUFFIX}")
+        owner = _read(self.path(name))
         return None if owner is None else f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')}"
 
     def live_tokens(self) -> set[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from latentvae.files import TEMPORARY_MARK
 from latentvae.latents.store.files import LatentStore
 from latentvae.latents.store.lease import Leases
-from latentvae.latents.store.records import CommitRecord
+from latentvae.latents.store.records import CommitRecord, unit_name
 
 UNIT_FILE = re.compile(r"u(\d{6,})-[0-9a-f]{8}\.(?:safetensors|parquet)")  # index or shard, as `write_unit` names them
 
@@ -41,12 +41,12 @@ def removable(store: LatentStore, leases: Leases, unit: int, paths: Iterable[Pat
 
     With the lease in hand nobody commits the unit: what no record names now, none will name.
     """
-    lease = leases.claim(f"u{unit:06d}")
+    lease = leases.claim(unit_name(unit))
     if lease is None:
         yield None
         return
     try:
-        records = [store.read_record(path.parent.name, unit) for path in store.shards.glob(f"*/u{unit:06d}.json")]
+        records = [store.read_record(path.parent.name, unit) for path in store.shards.glob(f"*/{unit_name(unit)}.json")]
         named = {name for record in records if record is not None for name in record.files}
         yield [path for path in paths if store.relative(path) not in named]
     finally:

@@ -254,9 +254,3 @@ def publish(folder: Path, table: pa.Table, number: int | None = None) -> Path:
 def plan_files(folder: Path) -> list[Path]:
     """In order."""
     return sorted(folder.glob("plan-*.parquet"), key=lambda path: (len(path.name), path.name))
-
-
-def all_images(plan: Plan) -> Iterator[PlannedImage]:
-    """Every row, unit by unit."""
-    for unit in plan.units:
-        yield from plan.images(unit.number)

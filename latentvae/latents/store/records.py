@@ -186,6 +186,11 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         return row_bytes(bucket, self.latent_channels, self.store, self.dtype, self.hflip)
 
 
+def unit_name(unit: int) -> str:
+    """With which the names of a unit's files, and of its lease, begin."""
+    return f"u{unit:06d}"
+
+
 def tensor_names(store: StoreKind, hflip: bool) -> tuple[str, ...]:
     """Of a shard: those of the images, then those of the mirrored images."""
     names = TENSORS[store]
