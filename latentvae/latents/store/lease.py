@@ -92,13 +92,17 @@ class Leases:
         return lease
 
     def _publish(self, path: Path, token: str) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path, token)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self._owner | {"token": token}), encoding="utf-8")
             return rename_new(temporary, path)
         except FileNotFoundError:
             return False  # the folder was empty and removed, or our temporary file swept away: once more
+        except FileExistsError:
+            if self.folder.exists():
+                raise  # a file has its name
+            return False  # removed between the two looks of mkdir: once more
         finally:
             temporary.unlink(missing_ok=True)
 

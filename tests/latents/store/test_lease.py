@@ -351,3 +351,25 @@ def test_a_folder_that_vanishes_again_and_again_stops_nobody(tmp_path):
         done.set()
         thread.join()
     leases.close()
+
+
+def test_a_folder_that_vanishes_between_the_two_looks_of_mkdir_stops_nobody(leases, monkeypatch):
+    """`mkdir` finds it there; frozen just then, the process wakes when the last other one has removed it."""
+    real = os.mkdir
+    vanished = []
+
+    def mkdir(path, *arguments):
+        if not vanished and Path(path) == leases.folder:
+            vanished.append(path)
+            raise FileExistsError(17, "File exists")  # and it is gone when the error is looked at
+        real(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert leases.claim("unit").is_held() and vanished
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path):
+    (tmp_path / "leases").write_text("mine")
+    with pytest.raises((FileExistsError, NotADirectoryError)):
+        Leases(tmp_path / "leases").claim("unit")
+    assert (tmp_path / "leases").read_text() == "mine"
