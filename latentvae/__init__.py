@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentvae.assembly import build as build
     from latentvae.autoencoders.adapter import load_autoencoder as load_autoencoder
     from latentvae.checkpoint import load_model as load_model
     from latentvae.checkpoint import save_model as save_model
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from latentvae.latents.reading.sampler import BucketBatchSampler as BucketBatchSampler
     from latentvae.model.autoencoder import AutoencoderKL as AutoencoderKL
     from latentvae.recipe import Recipe as Recipe
-    from latentvae.recipe import build as build
     from latentvae.recipe import load_recipe as load_recipe
     from latentvae.training.trainer import Trainer as Trainer
 
@@ -43,7 +43,7 @@ _HOMES = {  # public name -> the module that defines it
     "Recipe": "latentvae.recipe",
     "Trainer": "latentvae.training.trainer",
     "UserError": "latentvae.errors",
-    "build": "latentvae.recipe",
+    "build": "latentvae.assembly",
     "convert_model": "latentvae.convert",
     "decode_store": "latentvae.latents.operating.decode",
     "encode_dataset": "latentvae.latents.encoding.encode",

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
+from latentvae.assembly import build
 from latentvae.data.sources import open_source
 from latentvae.errors import UserError, one_line
 from latentvae.evaluation.metrics import psnr
@@ -22,7 +23,7 @@ from latentvae.keyed import split_by_key
 from latentvae.latents.encoding.encode import encode_dataset
 from latentvae.latents.operating.decode import decode_store
 from latentvae.latents.reading.dataset import LatentDataset
-from latentvae.recipe import build, load_recipe
+from latentvae.recipe import load_recipe
 
 RECIPE = "smoke_cpu"
 # Few images seen at every scale up to the one that is shown, and a PSNR to watch.

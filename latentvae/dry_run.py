@@ -5,11 +5,12 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from latentvae.assembly import check, make_model, processes, resolve_precision
 from latentvae.config import dump_yaml
 from latentvae.losses.discriminator import PatchDiscriminator
 from latentvae.losses.terms import LossWeights, to_ldm_units
 from latentvae.model.autoencoder import AutoencoderKL
-from latentvae.recipe import Recipe, check, make_model, processes, resolve_precision
+from latentvae.recipe import Recipe
 
 
 def describe(recipe: Recipe) -> str:

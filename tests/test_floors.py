@@ -19,6 +19,7 @@ FLOORS = [  # units on one floor do not know each other
     {"latents", "evaluation", "export", "convert"},
     {"training"},
     {"recipe"},
+    {"assembly"},
     {"demo", "info", "dry_run"},
     {"cli", "__init__", "__main__"},
 ]

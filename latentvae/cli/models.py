@@ -44,8 +44,9 @@ def train(
 
     On several GPUs: accelerate launch -m latentvae train --recipe ...
     """
+    from latentvae.assembly import build
     from latentvae.dry_run import describe, summarize
-    from latentvae.recipe import build, load_recipe
+    from latentvae.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:

@@ -2,95 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import torch
-from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 from torch.nn.parallel import DistributedDataParallel
 
-from latentvae.losses.discriminator import DiscriminatorConfig
-from latentvae.losses.perceptual import Perceptual, PerceptualNet
+from latentvae.losses.config import LossConfig
+from latentvae.losses.perceptual import Perceptual
 from latentvae.losses.terms import hinge_discriminator, hinge_generator, kl, l1, l2, widened
-
-DISCRIMINATOR_START = 0.375  # of the run: RAE starts its discriminator at epoch 6 of 16
-ADVERSARIAL_START = 0.5  # of the run: RAE's generator meets it at epoch 8 of 16
-
-
-class LossConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """Every term is the mean over its elements, so weights mean the same at any resolution and batch size."""
-
-    reconstruction: Literal["l1", "l2"] = Field(
-        default="l1", description="pixel term: mean absolute or mean squared error"
-    )
-    reconstruction_weight: float = Field(default=1.0, ge=0, description="weight of the pixel term (LDM: 1)")
-    perceptual: PerceptualNet | Literal["none"] = Field(
-        default="vgg",
-        description="LPIPS backbone; its ImageNet weights come from torch's cache or a download "
-        "(vgg 528 MB, alex 233 MB, squeeze 5 MB)",
-    )
-    perceptual_weight: float = Field(default=1.0, ge=0, description="weight of LPIPS (LDM: 1; sd-vae-ft-mse: 0.1)")
-    perceptual_bands: tuple[tuple[int, int, int], ...] | None = Field(
-        default=None,
-        min_length=1,
-        description="for images neither RGB nor gray: channel triplets shown to LPIPS as R, G, B",
-    )
-    kl_weight: float = Field(
-        default=2.08e-8,
-        ge=0,
-        description="weight of the KL term, nats per latent element; LDM's 1e-6 is 2.08e-8 at f8c4",
-    )
-    adversarial_weight: float = Field(
-        default=0.0, ge=0, description="0 is off; LDM: 0.5 with the adaptive balance; REPA-E: 0.1 with the constant one"
-    )
-    adversarial_balance: Literal["adaptive", "constant"] = Field(
-        default="adaptive",
-        description="adaptive: the weight is multiplied by a ratio of gradient norms at the last layer (LDM)",
-    )
-    adaptive_max: float = Field(
-        default=0.051, gt=0, description="upper bound of that ratio; LDM's 1e4 is 0.051 at 256 px"
-    )
-    adaptive_eps: float = Field(
-        default=1e-4, gt=0, description="added to the adversarial gradient norm in that ratio (LDM)"
-    )
-    discriminator_start: int | None = Field(
-        default=None,
-        ge=0,
-        description="images seen before the discriminator trains; null: 37.5 percent of the run (RAE)",
-    )
-    adversarial_start: int | None = Field(
-        default=None, ge=0, description="images seen before the decoder feels it; null: 50 percent of the run (RAE)"
-    )
-    discriminator: DiscriminatorConfig = Field(default=DiscriminatorConfig(), description="size of the discriminator")
-
-    @model_validator(mode="after")
-    def _check_starts(self) -> Self:
-        early, late = self.discriminator_start, self.adversarial_start
-        if early is not None and late is not None and late < early:
-            raise ValueError(
-                f"adversarial_start {late} is before discriminator_start {early}: an untrained discriminator would "
-                "harm the decoder; start it later"
-            )
-        return self
-
-    @property
-    def has_perceptual(self) -> bool:
-        return self.perceptual != "none" and self.perceptual_weight > 0
-
-    @property
-    def has_adversarial(self) -> bool:
-        return self.adversarial_weight > 0
-
-    def resolved(self, total_images: int) -> Self:
-        """The same with both starts in images; a start that was given is kept, and the other never contradicts it."""
-        early, late = self.discriminator_start, self.adversarial_start
-        if early is None:
-            early = round(DISCRIMINATOR_START * total_images)
-            early = early if late is None else min(early, late)
-        if late is None:
-            late = max(round(ADVERSARIAL_START * total_images), early)
-        return self.model_copy(update={"discriminator_start": early, "adversarial_start": late})
 
 
 class StepTensors(Protocol):

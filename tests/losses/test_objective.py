@@ -7,8 +7,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from latentvae.losses.config import LossConfig
 from latentvae.losses.discriminator import DiscriminatorConfig, PatchDiscriminator
-from latentvae.losses.objective import LossConfig, Objective
+from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import Perceptual
 from latentvae.losses.terms import hinge_generator, kl, l1, l2
 from latentvae.model.autoencoder import AutoencoderKL

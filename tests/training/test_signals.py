@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from latentvae.assembly import build
 from latentvae.config import dump_yaml
-from latentvae.recipe import build
 from latentvae.training.run_dir import RunDirectory
 from latentvae.training.signals import StopSignals
 from tests.training.recipes import tiny_recipe

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from latentvae.assembly import build
 from latentvae.errors import UserError
 from latentvae.losses.objective import Objective
-from latentvae.recipe import build, load_recipe
+from latentvae.recipe import load_recipe
 from latentvae.training.update import NonFiniteLoss
 from tests.training.recipes import tiny_recipe
 
@@ -167,7 +168,7 @@ def test_sixteen_bit_grayscale_never_becomes_rgb(tmp_path):
     ],
 )
 def test_bad_input_is_told_before_any_work(photographs, tmp_path, monkeypatch, setting, message):
-    monkeypatch.setattr("latentvae.recipe.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("latentvae.assembly.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(UserError, match=message):
         build(tiny_recipe(photographs, setting), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "recipe.yaml").exists()

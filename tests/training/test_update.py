@@ -6,9 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from latentvae import recipe
+from latentvae import assembly
+from latentvae.assembly import build
 from latentvae.losses.objective import Objective
-from latentvae.recipe import build
 from latentvae.training.update import NonFiniteLoss
 from tests.training.recipes import tiny_recipe
 from tests.training.test_trainer import assert_bit_identical, tensors_below
@@ -22,7 +22,7 @@ def scaled(monkeypatch, **options):
             super().__init__(**arguments)
             self.scaler = torch.amp.GradScaler("cpu", **options)
 
-    monkeypatch.setattr(recipe, "Accelerator", ScaledAccelerator)
+    monkeypatch.setattr(assembly, "Accelerator", ScaledAccelerator)
 
 
 def spoil(monkeypatch, is_spoilt):
