@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from latentvae.data.sources import open_source as open_source
     from latentvae.errors import UserError as UserError
     from latentvae.export import export_model as export_model
+    from latentvae.export import export_single_file as export_single_file
     from latentvae.images import PixelFormat as PixelFormat
     from latentvae.latents.encoding.encode import encode_dataset as encode_dataset
     from latentvae.latents.operating.decode import decode_store as decode_store
@@ -48,6 +49,7 @@ _HOMES = {  # public name -> the module that defines it
     "decode_store": "latentvae.latents.operating.decode",
     "encode_dataset": "latentvae.latents.encoding.encode",
     "export_model": "latentvae.export",
+    "export_single_file": "latentvae.export",
     "export_store": "latentvae.latents.operating.hand_over",
     "load_autoencoder": "latentvae.autoencoders.adapter",
     "load_model": "latentvae.checkpoint",

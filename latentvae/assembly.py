@@ -1,39 +1,64 @@
 """A recipe becomes a trainer: the only place where configuration becomes objects."""
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 
-from latentvae.checkpoint import load_model
 from latentvae.config import dump_yaml
-from latentvae.data.entries import ImageSource
-from latentvae.data.pipeline import Batch, UnreadableImages, training_batches, validation_batches
-from latentvae.data.sources import open_source
+from latentvae.data import (
+    Batch,
+    DataConfig,
+    ImageSource,
+    UnreadableImages,
+    image_sizes,
+    open_source,
+    split_by_key,
+    training_batches,
+    validation_batches,
+    validation_indices,
+)
 from latentvae.errors import UserError
 from latentvae.images import PixelFormat
-from latentvae.keyed import key_hash, split_by_key
+from latentvae.keyed import key_hash
 from latentvae.losses.config import RESOLVED, LossConfig
 from latentvae.losses.discriminator import PatchDiscriminator
 from latentvae.losses.objective import Objective
-from latentvae.losses.perceptual import check_size
 from latentvae.model.autoencoder import AutoencoderKL
-from latentvae.recipe import Recipe
+from latentvae.model.scaling import LatentScaling
+from latentvae.recipe import Recipe, check, make_model, parameter_dtype, require_given
 from latentvae.training.checkpoints import read_state
 from latentvae.training.config import TrainingConfig
+from latentvae.training.drift import DriftReport, measure_drift
+from latentvae.training.precision import resolve_precision
 from latentvae.training.run_dir import RunDirectory
+from latentvae.training.starting import StartingModel
 from latentvae.training.trainer import Trainer
 from latentvae.training.validation import ValidationResult, validate
 
 logger = logging.getLogger("latentvae")
 
 SUPPORTED_STRATEGIES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+REFUSED_STRATEGIES = {  # what `accelerate launch` sets => what it was configured for
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "Accelerate's parallelism_config",
+}
 
 
 def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, progress: bool = True) -> Trainer:
@@ -46,11 +71,13 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
         UserError: whatever the user can mend, before any work is done.
     """
     config, run = recipe.training, RunDirectory(out)
-    if recipe.data.source is None:
-        raise UserError("data.source is not set: pass --set data.source=FOLDER")
+    require_given(recipe)
+    refuse_strategies()
     local = processes()
-    micro_batch, accumulation = config.accumulation(local.num_processes)
-    checkpoint = run.find_checkpoint(resume)
+    checkpoint = _agreed(run.find_checkpoint(resume))
+    state = read_state(checkpoint) if checkpoint is not None else {}
+    micro_batch = _micro_batch(config, local.num_processes, state)
+    _, accumulation = config.accumulation(local.num_processes, micro_batch or 1)
     if checkpoint is None and resume is not None:
         logger.info("no checkpoint in %s yet: the run starts at its beginning", run.path)
     vae = make_model(recipe)
@@ -65,20 +92,23 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
         project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.path / "tensorboard")),
     )
     if accelerator.distributed_type not in SUPPORTED_STRATEGIES:
-        raise UserError(
-            f"{accelerator.distributed_type.value} is not supported: use plain DDP (accelerate's MULTI_GPU)"
-        )
+        raise _unsupported(accelerator.distributed_type.value)
     channels = vae.config.in_channels
-    resolution = recipe.validation.resolution or recipe.data.resolution
     images = _open_images(recipe, channels)
+    sizes = _image_sizes(recipe.data, images.training, accelerator)
 
-    loss = _resolved_loss(recipe, checkpoint)
-    objective = Objective.from_config(loss, channels=channels, device=accelerator.device)
+    loss = _resolved_loss(recipe, state)
+    scaling = LatentScaling.from_config(vae.config)
+    scale = scaling.scale if scaling.std is None else [scaling.scale / std for std in scaling.std]
+    objective = Objective.from_config(loss, channels=channels, device=accelerator.device, latent_scale=scale)
+    starting = None
+    if recipe.model.start_from is not None:
+        starting = StartingModel(vae, anchor_device=accelerator.device if loss.anchor_weight else None)
     discriminator = None
     if loss.has_adversarial:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed + 1)
-            discriminator = PatchDiscriminator(channels, loss.discriminator).to(_dtype(config))
+            discriminator = PatchDiscriminator(channels, loss.discriminator).to(parameter_dtype(config))
     resolved = recipe.model_copy(update={"loss": loss})
     settings = resolved.model_dump(mode="json")
     accelerator.wait_for_everyone()  # every process has looked at the folder before the first one writes to it
@@ -88,6 +118,7 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
 
     def batches(images_seen: int) -> Generator[list[Batch], None, None]:
+        assert micro_batch is not None
         return training_batches(
             images.training,
             recipe.data,
@@ -97,30 +128,37 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
             global_batch_size=config.global_batch_size,
             micro_batch_size=micro_batch,
             indices=images.training_indices,
+            sizes=sizes,
+            **share,
+        )
+
+    def held_out() -> Iterator[Batch]:
+        return validation_batches(
+            images.validation,
+            recipe.data,
+            images.pixels,
+            resolution=recipe.validation.resolution or recipe.data.resolution,
+            batch_size=recipe.validation.batch_size,
+            chosen=images.validation_indices,
             **share,
         )
 
     def measure(model: AutoencoderKL) -> ValidationResult:
-        held_out = validation_batches(
-            images.validation,
-            recipe.data,
-            images.pixels,
-            resolution=resolution,
-            batch_size=recipe.validation.batch_size,
-            max_images=recipe.validation.max_images,
-            indices=images.validation_indices,
-            **share,
-        )
         return validate(
             model,
-            held_out,
+            held_out(),
             images.pixels,
             device=accelerator.device,
             perceptual=objective.perceptual,
             num_pictures=recipe.validation.num_pictures if accelerator.is_main_process else 0,
+            has_equivariance=loss.equivariance > 0,
         )
 
-    return Trainer(
+    def drift(model: AutoencoderKL) -> DriftReport:
+        assert starting is not None
+        return measure_drift(starting, model, held_out(), images.pixels, accelerator.device)
+
+    trainer = Trainer(
         config,
         accelerator=accelerator,
         vae=vae,
@@ -132,85 +170,43 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
         unreadable=UnreadableImages(recipe.data.max_unreadable),
         run=run,
         settings=settings,
-        fine_tune=recipe.model.start_from is not None,
+        starting=starting,
+        drift=drift if starting is not None else None,
         resume=checkpoint,
         progress=progress,
     )
+    if micro_batch is None:
+        per_process = config.global_batch_size // accelerator.num_processes
+        width, height = max(recipe.data.image_sizes, key=lambda size: size[0] * size[1])
+        limit = trainer.updater.largest_micro_batch(per_process, height, width)
+        micro_batch, accelerator.gradient_accumulation_steps = config.accumulation(accelerator.num_processes, limit)
+        logger.info("training.micro_batch_size auto: %d images fit into a forward", micro_batch)
+    trainer.micro_batch = {"num_processes": accelerator.num_processes, "size": micro_batch}
+    return trainer
 
 
-def check(recipe: Recipe, vae: AutoencoderKL) -> None:
-    """Raise a UserError where the parts of a recipe do not fit each other; no image is read and nothing is written."""
-    channels = vae.config.in_channels
-    if vae.config.out_channels != channels:
-        raise UserError(
-            f"the model has {channels} input and {vae.config.out_channels} output channels; they must agree"
-        )
-    resolution = recipe.data.resolution
-    for name, size in (("data", resolution), ("validation", recipe.validation.resolution or resolution)):
-        if size % vae.downsample_factor:
-            raise UserError(f"{name}.resolution is {size}; the model needs a multiple of {vae.downsample_factor}")
-        if recipe.loss.has_perceptual and recipe.loss.perceptual != "none":
-            check_size(recipe.loss.perceptual, size)
-    if recipe.loss.has_adversarial:
-        recipe.loss.discriminator.check_size(resolution)
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    for tracker in recipe.training.trackers:  # Accelerate would leave one out without a word
-        if tracker not in installed:
-            raise UserError(
-                f"training.trackers has {tracker}; usable here are {', '.join(installed)}: install its package, or "
-                "leave it out"
-            )
+def _micro_batch(config: TrainingConfig, num_processes: int, state: dict[str, Any]) -> int | None:
+    """Images per forward; None where they are still to be measured. A continued run keeps what it measured."""
+    limit = None
+    if config.micro_batch_size == "auto":
+        before = state.get("micro_batch") or {}
+        if before.get("num_processes") != num_processes:
+            config.accumulation(num_processes, 1)  # refuses what does not divide
+            return None
+        limit = before["size"]
+    return config.accumulation(num_processes, limit)[0]
 
 
-def _resolved_loss(recipe: Recipe, checkpoint: Path | None) -> LossConfig:
-    """The loss with its starts in images; a continued run keeps those it had, also where it is made longer."""
+def _resolved_loss(recipe: Recipe, state: dict[str, Any]) -> LossConfig:
+    """The loss with its phases in images; a continued run keeps those it had, also where it is made longer."""
     loss = recipe.loss
-    if checkpoint is not None and (loss.discriminator_start, loss.adversarial_start) == (None, None):
-        saved = read_state(checkpoint)["recipe"]["loss"]
-        loss = loss.model_copy(update={name: saved[name] for name in RESOLVED if getattr(loss, name) is None})
+    if state:
+        saved = state["recipe"]["loss"]
+        kept = {name: saved[name] for name in RESOLVED if getattr(loss, name) is None}
+        if (loss.discriminator_start, loss.adversarial_start) != (None, None):  # one may have been set anew
+            kept = {name: value for name, value in kept.items() if name.startswith("kl_")}
+        loss = loss.model_copy(update=kept)
     return loss.resolved(recipe.training.total_images)
-
-
-def make_model(recipe: Recipe) -> AutoencoderKL:
-    """The starting model, or a new one with weights drawn from `training.seed`, in `training.parameter_dtype`.
-
-    Raises:
-        UserError: the starting model cannot be loaded, or fields of a new model are set beside it.
-    """
-    model, dtype = recipe.model, _dtype(recipe.training)
-    if model.start_from is not None:
-        if model.overrides():
-            field = next(iter(model.overrides()))
-            raise UserError(f"model.{field} is set beside model.start_from: a starting model keeps its config")
-        return load_model(
-            model.start_from,
-            subfolder=model.subfolder,
-            revision=model.revision,
-            variant=model.variant,
-            torch_dtype=dtype,
-        )
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.training.seed)
-        vae = AutoencoderKL(**model.resolved())
-    return vae.double() if dtype == torch.float64 else vae
-
-
-def resolve_precision(config: TrainingConfig, device: torch.device) -> str:
-    """What `mixed_precision: auto` means on this device; any other value is returned as it is.
-
-    A CPU gets bf16 only where it computes in it (AVX512-BF16, AMX), an old GPU fp16, MPS float32.
-    """
-    if config.mixed_precision == "fp16" and device.type == "cpu":  # Accelerate would compute in float32 without a word
-        raise UserError("training.mixed_precision is fp16, which a CPU does not train in: give auto, bf16 or no")
-    if config.mixed_precision != "auto":
-        return config.mixed_precision
-    if config.parameter_dtype == "float64":
-        return "no"
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu":
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
-    return "no"
 
 
 @dataclass(frozen=True)
@@ -221,18 +217,18 @@ class _Images:
     training: ImageSource
     training_indices: list[int] | None
     validation: ImageSource
-    validation_indices: list[int] | None
+    validation_indices: list[int]
 
 
 def _open_images(recipe: Recipe, channels: int) -> _Images:
-    pixels, policy = recipe.data.pixels(channels), recipe.data.policy
+    pixels, limit = recipe.data.pixels(channels), recipe.validation.max_images
     training = recipe.data.open(pixels)
     if recipe.validation.source is not None:
-        validation = open_source(recipe.validation.source, pixels, policy)
+        validation = open_source(recipe.validation.source, pixels, recipe.data.policy)
         validation.entries()  # what is wrong with it is told before a run begins
-        return _Images(pixels, training, None, validation, None)
+        return _Images(pixels, training, None, validation, validation_indices(validation, None, limit))
     if not recipe.validation.fraction:  # nothing is held out: progress is watched on training images
-        return _Images(pixels, training, None, training, None)
+        return _Images(pixels, training, None, training, validation_indices(training, None, limit))
     keys = training.entries().keys
     kept, held_out = split_by_key(keys, recipe.validation.fraction)
     if not held_out and len(kept) > 1:  # a small set gives one image
@@ -244,13 +240,40 @@ def _open_images(recipe: Recipe, channels: int) -> _Images:
             f"on and {len(held_out)} to validate on: give validation.source, another fraction, or 0 to validate on "
             "training images"
         )
-    return _Images(pixels, training, kept, training, held_out)
+    return _Images(pixels, training, kept, training, validation_indices(training, held_out, limit))
+
+
+def _image_sizes(data: DataConfig, source: ImageSource, accelerator: Accelerator) -> np.ndarray | None:
+    """(N, 2) widths and heights where batches go by shape: each process reads its share of the headers."""
+    if data.aspect_buckets is None:
+        return None
+    count, index, total = len(source), accelerator.process_index, accelerator.num_processes
+    rows = range(count * index // total, count * (index + 1) // total)
+    part = image_sizes(
+        source, data.policy, rows=rows, num_workers=data.num_workers, progress=accelerator.is_main_process
+    )
+    return np.concatenate(gather_object([part]))
+
+
+def _agreed(checkpoint: Path | None) -> Path | None:
+    """What the first process found: another node may look at a shared folder as it was a moment ago."""
+    found = [checkpoint]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def refuse_strategies() -> None:
+    """Raise a UserError where the launcher asks for anything but plain DDP."""
+    for variable, name in REFUSED_STRATEGIES.items():
+        if parse_flag_from_env(variable):
+            raise _unsupported(name)
+
+
+def _unsupported(strategy: str) -> UserError:
+    return UserError(f"{strategy} is not supported: use plain DDP (distributed_type MULTI_GPU of accelerate config)")
 
 
 def processes() -> PartialState:
     """Rank, device and number of processes. Only the first call decides: without the flag it would not find gloo."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
-def _dtype(config: TrainingConfig) -> torch.dtype:
-    return torch.float64 if config.parameter_dtype == "float64" else torch.float32

@@ -21,7 +21,7 @@ from latentvae.files import atomic_folder, canonical_json, write_json
 from latentvae.model.autoencoder import AutoencoderKL, refuse_keys
 from latentvae.model.hashes import weights_hash
 from latentvae.model.scaling import LatentScaling
-from latentvae.model.single_file import single_file_config
+from latentvae.model.single_file import autoencoder_tensors, single_file_config
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,10 @@ def save_model(
     `files`: texts to write beside the weights, by name (`README.md`, `metrics.json`).
     UserError if the folder exists (without `overwrite`), cannot be written, or the model carries an adapter.
     """
-    folder = Path(folder)
-    with model_folder(vae, folder, overwrite=overwrite) as temporary:
+    with model_folder(vae, Path(folder), overwrite=overwrite) as temporary:
         for name, text in (files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
-    return folder
+    return Path(folder)
 
 
 @contextmanager
@@ -227,24 +226,28 @@ def _from_single_file(path: Path, options: Mapping[str, Any]) -> AutoencoderKL:
             return _with_config(path, path.parent, options)
         with safe_open(path, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
-        return from_tensors(path, single_file_config(shapes, path), **options)
+            config = single_file_config(shapes, path)
+            tensors = {name: file.get_tensor(name) for name in autoencoder_tensors(shapes)}  # not all of a checkpoint
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded: {first_line(error)}") from error
+    try:
+        return from_tensors(tensors, config, **options)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
-def from_tensors(source: Path | dict[str, Tensor], config: Mapping[str, Any], **options: Any) -> AutoencoderKL:
-    """The autoencoder in a single safetensors file, or in its tensors, with these fields of config.json.
+def from_tensors(tensors: dict[str, Tensor], config: Mapping[str, Any], **options: Any) -> AutoencoderKL:
+    """The autoencoder in the tensors of a single file, with these fields of config.json.
 
-    `options`: of diffusers' `from_single_file`. UserError where file and fields do not fit.
+    `options`: of diffusers' `from_single_file`. UserError where tensors and fields do not fit.
     """
     with tempfile.TemporaryDirectory() as folder:  # diffusers takes a folder or a hub id, not the fields
         write_json(Path(folder) / CONFIG_FILE, {"_class_name": "AutoencoderKL", **config})
-        return _with_config(source, Path(folder), options)
+        return _with_config(tensors, Path(folder), options)
 
 
 def _with_config(source: Path | dict[str, Tensor], folder: Path, options: Mapping[str, Any]) -> AutoencoderKL:
-    name = "the file" if isinstance(source, dict) else source
-    weights = source if isinstance(source, dict) else str(source)
+    weights, name = (source, "the file") if isinstance(source, dict) else (str(source), str(source))
     try:
         with quiet_diffusers():
             return AutoencoderKL.from_single_file(weights, **{**options, "config": str(folder)})

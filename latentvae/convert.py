@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +219,12 @@ def _kl(file: _Weights, arch: Arch, scaling_factor: float | None, shift_factor: 
     notes = []
     if told is not None and arch == "auto":
         notes.append(f"recognised as {told} by the other parts of the checkpoint")
+    passed_over = Counter(
+        name.removeprefix("first_stage_model.").partition(".")[0] for name in file.shapes if name not in file.tensors
+    )
+    if passed_over:
+        parts = ", ".join(f"{part} ({number})" for part, number in sorted(passed_over.items()))
+        notes.append(f"not of the autoencoder, and not read: {parts}")
     if scaling_factor is None:
         shift = "" if config["shift_factor"] is None else f" and shift_factor {config['shift_factor']}"
         notes.append(f"scaling_factor {config['scaling_factor']}{shift} is {family}'s, not read from the file")

@@ -5,21 +5,28 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from latentvae.assembly import check, make_model, processes, resolve_precision
+from latentvae.assembly import processes
 from latentvae.config import dump_yaml
+from latentvae.data import plan_summary
 from latentvae.losses.discriminator import PatchDiscriminator
+from latentvae.losses.extra import load_terms
 from latentvae.losses.terms import LossWeights, to_ldm_units
 from latentvae.model.autoencoder import AutoencoderKL
-from latentvae.recipe import Recipe
+from latentvae.recipe import Recipe, check, make_model, require_given
+from latentvae.training.precision import resolve_precision
 
 
 def describe(recipe: Recipe) -> str:
     """What a run of `recipe` would be, without starting it: every value, then what follows from them."""
+    require_given(recipe)
     with torch.device("meta") if recipe.model.start_from is None else nullcontext():
         vae = make_model(recipe)
     check(recipe, vae)
+    load_terms(recipe.loss.extra)  # refuses what cannot be one
     loss = recipe.loss.resolved(recipe.training.total_images)
-    return "\n".join([dump_yaml(recipe.model_copy(update={"loss": loss})), *summarize(recipe, vae)])
+    source = recipe.data.open(recipe.data.pixels(vae.config.in_channels))
+    images = plan_summary(recipe.data, source, global_batch_size=recipe.training.global_batch_size)
+    return "\n".join([dump_yaml(recipe.model_copy(update={"loss": loss})), *summarize(recipe, vae), *images])
 
 
 def summarize(recipe: Recipe, vae: AutoencoderKL) -> list[str]:

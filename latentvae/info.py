@@ -29,9 +29,13 @@ def describe_path(path: str | Path) -> dict[str, str]:
     if (path / "manifest.json").is_file():
         return _store(path)
     if (path / "state.json").is_file():
-        return {"what": "training checkpoint", "images seen": str(_json(path / "state.json").get("images_seen"))}
+        from latentvae.training.description import describe_checkpoint
+
+        return describe_checkpoint(path)
     if (path / "recipe.yaml").is_file():
-        return _run(path)
+        from latentvae.training.description import describe_run
+
+        return describe_run(path)
     if (path / "config.json").is_file():
         return _model(path)
     raise UserError(
@@ -40,6 +44,8 @@ def describe_path(path: str | Path) -> dict[str, str]:
 
 
 def _model(folder: Path) -> dict[str, str]:
+    from latentvae.training.description import measured_beside
+
     config = _json(folder / "config.json")
     rows = {"what": f"model folder, {config.get('_class_name', 'class not named')}"}
     files = sorted(folder.glob("*.safetensors"))
@@ -51,7 +57,7 @@ def _model(folder: Path) -> dict[str, str]:
         if key in config:
             rows[key.replace("_", " ")] = str(config[key])
     rows |= {key: str(config[key]) for key in _SCALING if config.get(key) is not None}
-    return rows
+    return rows | measured_beside(folder)
 
 
 def _weights(files: list[Path]) -> dict[str, str]:
@@ -84,25 +90,6 @@ def _header(file: Path) -> dict[str, Any]:
             return header
     except (OSError, ValueError, RecursionError, struct.error) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def _run(folder: Path) -> dict[str, str]:
-    from latentvae.training.run_dir import RunDirectory
-
-    run = RunDirectory(folder)
-    checkpoints = run.all_checkpoints()
-    rows = {
-        "what": "training run, " + ("finished" if (run.model / "config.json").is_file() else "not finished"),
-        "recipe": str(run.recipe),
-        "newest checkpoint": str(checkpoints[-1]) if checkpoints else "none",
-    }
-    measured: dict[str, Any] = {}
-    for row in run.read_metrics():
-        measured |= row  # later values replace earlier ones
-    rows |= {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in measured.items()}
-    if (run.model / "config.json").is_file():
-        rows["model"] = str(run.model)
-    return rows
 
 
 def _store(folder: Path) -> dict[str, str]:

@@ -152,6 +152,24 @@ def test_another_architecture_is_read_from_the_tensors(tmp_path):
     assert plain.config.in_channels == 1 and list(plain.config.block_out_channels) == [32, 64, 96]
 
 
+def test_what_else_lies_in_a_file_is_told_and_left(tmp_path):
+    """The loss and the average of LDM's training lie beside the weights, under other names."""
+    weights = ldm_weights(make_vae())
+    extra = {
+        "loss.logvar": torch.zeros(()),
+        "loss.discriminator.main.0.weight": torch.zeros(1),
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.decoderconv_inbias": weights["decoder.conv_in.bias"] + 1,
+    }
+    for prefix in ("", "first_stage_model."):
+        file = {prefix + name: tensor for name, tensor in (weights | extra).items()}
+        report = convert_model(
+            write(tmp_path / f"vae{prefix}.safetensors", file), tmp_path / f"out{prefix}", scaling_factor=0.5
+        )
+        assert report.notes == ("not of the autoencoder, and not read: loss (2), model_ema (2)",)
+        assert_same(tmp_path / f"out{prefix}", make_vae())
+
+
 def test_half_precision_stays(tmp_path):
     vae = make_vae().half()
     file = write(tmp_path / "vae.ckpt", ldm_weights(vae) | {"model.diffusion_model.x": torch.zeros(1)})
@@ -163,11 +181,40 @@ def test_half_precision_stays(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda weights: weights.pop("decoder.up.0.block.1.conv2.bias"), "lacks"),
-        (lambda weights: weights.pop("encoder.conv_in.weight"), "lacks weights of an AutoencoderKL"),
+        (
+            lambda weights: weights.pop("decoder.up.0.block.1.conv2.bias"),
+            r"lacks decoder.up.0.block.1.conv2.bias, of shape 32",
+        ),
+        (
+            lambda weights: weights.pop("encoder.conv_in.weight"),
+            "lacks weights of an .* none named encoder.conv_in.weight",
+        ),
+        (
+            lambda weights: weights.pop("encoder.down.1.block.0.conv1.weight"),
+            "none named encoder.down.1.block.0.conv1.weight",
+        ),
+        (lambda weights: weights.pop("quant_conv.weight"), "has quant_conv.bias, which"),
+        (
+            lambda weights: weights.pop("decoder.mid.attn_1.k.weight"),
+            "lacks decoder.mid.attn_1.k.weight, of shape 64x64",
+        ),
+        (
+            lambda weights: weights.update({"encoder.down.999999.block.999999.x": torch.zeros(1)}),
+            "none named encoder.down.0.block.1.conv1",
+        ),
+        (
+            lambda weights: weights.update({"encoder.conv_in.weight": torch.zeros(32, 3, 1, 3, 3)}),
+            "encoder.conv_in.weight is of 5 dimensions",
+        ),
         (lambda weights: weights.update({"encoder.down.1.attn.0.q.weight": torch.zeros(1)}), "attention in the stages"),
-        (lambda weights: weights.update({"decoder.up.9.block.0.conv1.weight": torch.zeros(1)}), "does not fit"),
-        (lambda weights: weights.update({"decoder.conv_in.bias": torch.zeros(9)}), "cannot be loaded"),
+        (
+            lambda weights: weights.update({"decoder.up.9.block.0.conv1.weight": torch.zeros(1)}),
+            "has decoder.up.9.block.0.conv1.weight, which",
+        ),
+        (
+            lambda weights: weights.update({"decoder.conv_in.bias": torch.zeros(9)}),
+            "decoder.conv_in.bias is of shape 9, and 64 is",
+        ),
         (lambda weights: weights.update({"bn.running_mean": torch.zeros(9)}), "FLUX.2"),
         (lambda weights: weights["decoder.conv_in.bias"].fill_(float("nan")), "decoder.conv_in.bias is not finite"),
         (lambda weights: weights.update({"quant_conv.bias": torch.ones(8, dtype=torch.int64)}), "is of torch.int64"),

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "latentvae"
 FLOORS = [  # units on one floor do not know each other
     {"errors"},
     {"files"},
-    {"images", "config", "kernels", "keyed", "progress"},
+    {"images", "config", "imported", "kernels", "keyed", "progress"},
     {"model"},
     {"losses", "data", "checkpoint"},
     {"autoencoders"},

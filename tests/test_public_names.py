@@ -24,6 +24,7 @@ PUBLIC = [
     "decode_store",
     "encode_dataset",
     "export_model",
+    "export_single_file",
     "export_store",
     "load_autoencoder",
     "load_model",

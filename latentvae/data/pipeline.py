@@ -1,93 +1,100 @@
 """The endless, reproducible order of training images, their augmentation, and the batches made of them.
 
 Nothing is streamed from a random state: the image at a position depends on (seed, position), its augmentation on (seed,
-epoch, key). The number of workers or processes, the size of a micro-batch and the point of a resume therefore change no
-pixel.
+epoch, key), its size on the first position of its step. The number of workers or processes, the size of a micro-batch
+and the point of a resume therefore change no pixel.
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from latentvae.data.aspect import image_sizes
 from latentvae.data.augment import DataConfig, augment
+from latentvae.data.batch import Batch, Example, check_format, collate
 from latentvae.data.entries import ImageSource
+from latentvae.data.grouping import bucket_groups, groups_by_source
+from latentvae.data.order import Stream, TrainingOrder, derived_seed
 from latentvae.data.unreadable import UnreadableImages
+from latentvae.data.validation import validation_batches, validation_indices
 from latentvae.data.workers import load_batches
 from latentvae.errors import UserError
 from latentvae.images import ImageError, PixelFormat
-from latentvae.keyed import key_hash, permutation, split_by_key, uniforms
+from latentvae.keyed import split_by_key, uniforms
 
 __all__ = [
     "Batch",
     "DataConfig",
     "TrainingImages",
     "UnreadableImages",
+    "micro_batch_size_of",
     "split_by_key",
     "training_batches",
     "validation_batches",
+    "validation_indices",
 ]
 
 
-@dataclass
-class Batch:
-    """Images of one forward pass, as they were read; `to_model` of latentvae.images turns them into floats."""
-
-    images: Tensor  # (B, H, W, C) of the declared pixel dtype
-    keys: list[str]  # B
-    positions: list[int]  # B places in the global order of training images; or in the list of validation images
-    unreadable: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # (key, reason) of images met on the way that could not be used
-
-
-@dataclass
-class Example:
-    """One position: its image, or None where nothing readable was found."""
-
-    position: int
-    key: str
-    image: np.ndarray | None  # (H, W, C)
-    unreadable: list[tuple[str, str]]
-
-
 class TrainingImages(Dataset[Example]):
-    """Positions 0, 1, 2, ... of the endless global order of training images; one epoch is each image once, shuffled.
+    """Positions 0, 1, 2, ... of the endless global order of training images; an epoch is each image once, shuffled.
 
-    An unreadable image is replaced by another one, chosen by (seed, position, attempt), and reported in its place.
+    Or as often as its source repeats. An unreadable image is replaced by another one of its bucket, chosen by (seed,
+    position, attempt), and reported in its place.
     """
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, seed: int, indices: Sequence[int] | None = None
+        self,
+        source: ImageSource,
+        config: DataConfig,
+        seed: int,
+        indices: Sequence[int] | None = None,
+        *,
+        start_image: int = 0,
+        global_batch_size: int = 1,
+        sizes: np.ndarray | None = None,
     ) -> None:
+        """`start_image` and `global_batch_size` say where steps begin; `sizes` as for `training_batches`."""
         self.source = source
         self.config = config
         self.seed = seed
-        self.indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-        if len(self.indices) == 0:
+        self.start_image = start_image
+        self.global_batch_size = global_batch_size
+        chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+        if len(chosen) == 0:
             raise UserError(f"no image of {source.name} is left to train on: lower validation.fraction or add images")
+        groups = groups_by_source(source, config, chosen)
+        buckets = bucket_groups(source, config, groups, global_batch_size, sizes)
+        self.buckets = list(buckets)  # number of the bucket of each stream
+        seeds = [seed] if len(buckets) == 1 else [derived_seed(seed, "bucket", number) for number in buckets]
+        streams = [Stream(own, key) for own, key in zip(buckets.values(), seeds, strict=True)]
+        self.order = TrainingOrder(streams, seed, global_batch_size)
+        if self.order.rate < 1:
+            raise UserError(f"an epoch holds {float(self.order.rate):g} images: raise repeats in data.sources")
+        if len(streams) > 1 and start_image % global_batch_size:
+            raise UserError(
+                f"the run goes on at image {start_image}, which is no multiple of global_batch_size "
+                f"{global_batch_size}: with data.aspect_buckets keep the batch size that it had"
+            )
 
     def __len__(self) -> int:
         """Images per epoch. Positions go on beyond it."""
-        return len(self.indices)
-
-    def _index(self, position: int, attempt: int) -> int:
-        count = len(self.indices)
-        if attempt == 0:
-            return int(self.indices[permutation(self.seed, position // count, count)[position % count]])
-        return int(self.indices[int(uniforms("replacement", self.seed, position, attempt)[0] * count)])
+        return int(self.order.rate)
 
     def __getitem__(self, position: int) -> Example:
+        place = self.order.place(position)
+        stream = self.order.streams[place.bucket]
+        drawn = stream.draw(place.position)
+        step_start = position - (position - self.start_image) % self.global_batch_size
+        size = self.config.size_at(self.buckets[place.bucket], step_start)
         unreadable: list[tuple[str, str]] = []
         # enough tries to exceed the limit, and to find the last readable one of a small set
         for attempt in range(self.config.max_unreadable + 64):
-            index = self._index(position, attempt)
+            index = drawn.index if attempt == 0 else self._replacement(stream, position, attempt)
             key = self.source.entries()[index].key
             try:
-                image = augment(self.source.read(index), self.config, self.seed, position // len(self.indices), key)
+                image = self.source.read(index)
+                image = augment(image, self.config, self.seed, drawn.epoch, key, size=size, copy=drawn.copy)
                 return Example(position, key, image, unreadable)
             except ImageError as error:
                 if (key, str(error)) not in unreadable:
@@ -96,34 +103,9 @@ class TrainingImages(Dataset[Example]):
                 break
         return Example(position, "", None, unreadable)
 
-
-class _CenteredImages(Dataset[Example]):
-    """Validation image `position`: the shorter side resized to the resolution, the middle cut out; no replacement."""
-
-    def __init__(self, source: ImageSource, config: DataConfig, resolution: int, indices: Sequence[int]) -> None:
-        self.source = source
-        self.config = config.model_copy(update={"resolution": resolution, "crop": "center", "horizontal_flip": False})
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Example:
-        index = self.indices[position]
-        key = self.source.entries()[index].key
-        try:
-            return Example(position, key, augment(self.source.read(index), self.config, 0, 0, key), [])
-        except ImageError as error:
-            return Example(position, key, None, [(key, str(error))])
-
-
-def collate(examples: Sequence[Example]) -> Batch:
-    """Examples => a batch of those that have an image, and everything unreadable."""
-    readable = [example for example in examples if example.image is not None]
-    unreadable = [pair for example in examples for pair in example.unreadable]
-    arrays = [example.image for example in readable if example.image is not None]
-    images = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0)
-    return Batch(images, [example.key for example in readable], [example.position for example in readable], unreadable)
+    def _replacement(self, stream: Stream, position: int, attempt: int) -> int:
+        place = int(uniforms("replacement", self.seed, position, attempt)[0] * len(stream.indices))
+        return int(stream.indices[place])
 
 
 def micro_batch_size_of(per_process: int, limit: int) -> int:
@@ -143,13 +125,15 @@ def training_batches(
     process_index: int = 0,
     num_processes: int = 1,
     indices: Sequence[int] | None = None,
+    sizes: np.ndarray | None = None,
 ) -> Generator[list[Batch], None, None]:
     """Endless: one item per optimizer step, the list of this process's micro-batches.
 
     The step that starts at image s takes the positions s to s + global_batch_size of the global order; process r of P
-    owns the r-th of P equal, contiguous parts. `start_image` is the number of images seen before (a resume gives
-    another one). `indices` limits the source to some of its entries. More than `config.max_unreadable` distinct
-    unreadable images raise a UserError that names the first ones.
+    owns the r-th of P equal, contiguous parts. All images of a step are of one size, on all processes. `start_image`
+    is the number of images seen before (a resume gives another one). `indices` limits the source to some of its
+    entries. `sizes`, from `image_sizes` of the whole source, saves reading them where there are aspect-ratio buckets.
+    More than `config.max_unreadable` distinct unreadable images raise a UserError that names the first ones.
     """
     if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % num_processes:
         raise UserError(
@@ -158,7 +142,17 @@ def training_batches(
         )
     per_process = global_batch_size // num_processes
     size = micro_batch_size_of(per_process, micro_batch_size)
-    dataset = TrainingImages(source, config, seed, indices)
+    if sizes is None and config.aspect_buckets is not None:
+        sizes = image_sizes(source, config.policy, num_workers=config.num_workers, progress=process_index == 0)
+    dataset = TrainingImages(
+        source,
+        config,
+        seed,
+        indices,
+        start_image=start_image,
+        global_batch_size=global_batch_size,
+        sizes=sizes,
+    )
     first = start_image + process_index * per_process
     return _steps(dataset, pixels, config, first, global_batch_size, per_process, size)
 
@@ -185,72 +179,8 @@ def _steps(
         unreadable.add(batch.unreadable)
         if len(batch.keys) < size:
             raise UserError(f"no readable image was found in {dataset.source.name}: {unreadable.describe()}")
-        _check_format(batch, pixels, dataset.source)
+        check_format(batch, pixels, dataset.source)
         step.append(batch)
         if len(step) * size == per_process:
             yield step
             step = []
-
-
-def _check_format(batch: Batch, pixels: PixelFormat, source: ImageSource) -> None:
-    if batch.images.shape[-1] != pixels.channels or batch.images.dtype != pixels.torch_dtype:
-        raise UserError(
-            f"{source.name} gives {batch.images.shape[-1]} channels of {batch.images.dtype}; "
-            f"{pixels.channels} of {pixels.torch_dtype} are "
-            f"declared: open the source with the same pixel format"
-        )
-
-
-def validation_batches(
-    source: ImageSource,
-    config: DataConfig,
-    pixels: PixelFormat,
-    *,
-    resolution: int,
-    batch_size: int,
-    max_images: int | None = None,
-    process_index: int = 0,
-    num_processes: int = 1,
-    indices: Sequence[int] | None = None,
-) -> Iterator[Batch]:
-    """Each of the first `max_images` images, in the order of their keys' hashes, once over all processes.
-
-    (B, resolution, resolution, C): shorter side resized, centre cut out. Every batch but the last is full; unreadable
-    images are left out and reported with a batch near them. Where none of this process's share is
-    readable, one empty batch reports them.
-    """
-    keys = source.entries().keys
-    chosen = sorted(
-        range(len(keys)) if indices is None else indices, key=lambda index: key_hash("validation", keys[index])
-    )
-    chosen = chosen[:max_images]
-    dataset = _CenteredImages(source, config, resolution, chosen)
-    mine = list(range(process_index, len(chosen), num_processes))
-    parts = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    workers = min(config.num_workers, len(parts))
-    waiting: list[Example] = []
-    unreadable: list[tuple[str, str]] = []
-    ready: Batch | None = None  # held back by one, so that what is unreadable at the very end has a batch to go with
-    for examples in load_batches(dataset, iter(parts), list, workers):
-        for example in examples:
-            if example.image is None:
-                unreadable.extend(example.unreadable)
-            else:
-                waiting.append(example)
-        if len(waiting) >= batch_size:
-            if ready is not None:
-                yield ready
-            ready = collate(waiting[:batch_size])
-            waiting = waiting[batch_size:]
-            ready.unreadable, unreadable = unreadable, []
-            _check_format(ready, pixels, source)
-    if waiting:
-        if ready is not None:
-            yield ready
-        ready = collate(waiting)
-        _check_format(ready, pixels, source)
-    if ready is None and unreadable:
-        ready = collate([])  # other processes may have readable ones: only the caller can tell that there are none
-    if ready is not None:
-        ready.unreadable.extend(unreadable)
-        yield ready

@@ -1,7 +1,6 @@
 """Images from any Python object that yields them."""
 
-import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +107,3 @@ class PythonSource(ListedSource):
             except ImageError as error:
                 return error
         return ImageError(f"is a {type(image).__name__}; an array, a PIL image, a path or bytes is needed")
-
-
-def import_object(specification: str) -> Callable[..., Any] | Any:
-    """What "python:module:name" stands for. Raises UserError where there is no such thing."""
-    module_name, _, attribute = specification.removeprefix("python:").partition(":")
-    if not module_name or not attribute:
-        raise UserError(f"source {specification!r}: write it as python:module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"source {specification!r}: {error}; install the module or put its folder on PYTHONPATH"
-        ) from error
-    if not hasattr(module, attribute):
-        raise UserError(f"source {specification!r}: module {module_name} has no {attribute!r}")
-    return getattr(module, attribute)

@@ -8,11 +8,12 @@ from latentvae.data.folder import FolderSource, walk
 from latentvae.data.hub_dataset import is_dataset, is_saved_dataset, open_dataset, open_hub, open_saved
 from latentvae.data.listing import LIST_SUFFIXES, ListSource
 from latentvae.data.parquet import ParquetSource
-from latentvae.data.python_source import PythonSource, import_object
+from latentvae.data.python_source import PythonSource
 from latentvae.data.storage import expand, find_remote, is_url, suffix
 from latentvae.data.tar import TAR_SUFFIXES, TarSource, compressed_error
 from latentvae.errors import UserError
 from latentvae.images import IMAGE_EXTENSIONS, DecodePolicy, PixelFormat
+from latentvae.imported import import_object
 
 _REMOTE = {*TAR_SUFFIXES, ".parquet", ".tar.gz", ".tgz", ".tar.zst"}  # any other URL is taken for a folder
 _COMPRESSED = {".tgz": "gzip", ".tbz2": "bzip2", ".txz": "xz"}
@@ -60,7 +61,7 @@ def open_source(
     if isinstance(source, ImageSource):
         return source
     if isinstance(source, str):
-        return PythonSource(import_object(source), pixels, policy, name=source)
+        return PythonSource(import_object(source, field="source", what="function"), pixels, policy, name=source)
     return PythonSource(source, pixels, policy)
 
 

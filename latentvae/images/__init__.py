@@ -6,7 +6,16 @@ in [-1, 1].
 
 from latentvae.images.decode import IMAGE_EXTENSIONS, decode, from_pillow, probe_size
 from latentvae.images.display import image_grid, save_image
-from latentvae.images.geometry import center_crop, crop, resize, resize_shorter_side, shorter_side_size
+from latentvae.images.geometry import (
+    AspectRatios,
+    center_crop,
+    covering_size,
+    crop,
+    resize,
+    resize_shorter_side,
+    shorter_side_size,
+    sizes_of_area,
+)
 from latentvae.images.pixels import (
     DecodePolicy,
     ImageError,
@@ -20,11 +29,13 @@ from latentvae.images.pixels import (
 
 __all__ = [
     "IMAGE_EXTENSIONS",
+    "AspectRatios",
     "DecodePolicy",
     "ImageError",
     "PixelFormat",
     "center_crop",
     "conform",
+    "covering_size",
     "crop",
     "crop_back",
     "decode",
@@ -37,5 +48,6 @@ __all__ = [
     "resize_shorter_side",
     "save_image",
     "shorter_side_size",
+    "sizes_of_area",
     "to_model",
 ]

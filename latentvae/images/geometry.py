@@ -1,5 +1,9 @@
 """Resize and crop HWC arrays of any declared dtype, with no detour through RGB or 8 bits."""
 
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -60,6 +64,53 @@ def shorter_side_size(width: int, height: int, size: int) -> tuple[int, int]:
     if width <= height:
         return size, max(size, round(height * size / width))
     return max(size, round(width * size / height)), size
+
+
+def covering_size(width: int, height: int, size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
+    """(width, height) after scaling an image so that it just covers `size` = (width, height) pixels, times `scale`.
+
+    `scale` is at least 1. The side that decides is rounded first, the other one follows it; neither is below `size`.
+    """
+    wide, high = size
+    if width * high <= height * wide:
+        covering = round(wide * scale)
+        return covering, max(high, round(height * covering / width))
+    covering = round(high * scale)
+    return max(wide, round(width * covering / height)), covering
+
+
+def sizes_of_area(area: int, step: int, max_ratio: float) -> tuple[tuple[int, int], ...]:
+    """Sizes (width, height) of about `area` pixels in whole steps, by rising width / height.
+
+    For each width the largest height that keeps within the area, and the same the other way round, as far as the ratio
+    of the sides, either way, is at most `max_ratio`.
+    """
+    sizes = set()
+    for long in range(step, int(math.sqrt(area * max_ratio)) + 1, step):
+        short = area // long // step * step
+        if short and max(long / short, short / long) <= max_ratio:
+            sizes |= {(long, short), (short, long)}
+    return tuple(sorted(sizes, key=lambda size: (size[0] / size[1], size)))
+
+
+class AspectRatios:
+    """The nearest of some sizes by aspect ratio, in its logarithm.
+
+    Divisions and square roots are rounded alike on every machine, so that no two disagree about an image.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """`sizes`: (width, height), by rising width / height."""
+        ratios = [width / height for width, height in sizes]
+        self._limits = [math.sqrt(one * other) for one, other in itertools.pairwise(ratios)]
+
+    def nearest(self, width: int, height: int) -> int:
+        """Index of the size nearest to width x height."""
+        return bisect.bisect_left(self._limits, width / height)
+
+    def nearest_of(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        """`nearest` for many: (N,) and (N,) => (N,) int64."""
+        return np.searchsorted(np.array(self._limits), widths / heights, side="left").astype(np.int64)
 
 
 def resize_shorter_side(array: np.ndarray, size: int, filter: ResizeFilter = "bicubic") -> np.ndarray:

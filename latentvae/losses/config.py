@@ -133,7 +133,10 @@ class LossConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     discriminator: DiscriminatorConfig = Field(default=DiscriminatorConfig(), description="size of the discriminator")
 
     @model_validator(mode="after")
-    def _check_starts(self) -> Self:
+    def _check(self) -> Self:
+        low, high = self.equivariance_scales
+        if not 1 <= low <= high <= 32:
+            raise ValueError(f"equivariance_scales is [{low}, {high}]; give two of 1 to 32, the smaller one first")
         early, late = self.discriminator_start, self.adversarial_start
         if early is not None and late is not None and late < early:
             raise ValueError(

@@ -1,16 +1,18 @@
 """What a single weight file holds: where the autoencoder lies in it, its architecture, and the family it belongs to."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from latentvae.errors import UserError
+from latentvae.model.ldm_layout import check_shapes
 
 # Where the autoencoder lies: inside a whole Stable Diffusion, or alone.
 _PREFIXES = ("first_stage_model.", "vae.", "")
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-_LDM_GROUPS = 32  # of every norm, a constant of the LDM code and of all that follow it
+LDM_GROUPS = 32  # of every norm, a constant of the LDM code and of all that follow it
 _RELEASED_WIDTHS = [128, 256, 512, 512]
 
 
@@ -78,7 +80,8 @@ def single_file_config(
     if any("bn.running_mean" in name for name in shapes):
         raise UserError(f"{source} is an autoencoder of FLUX.2: use its diffusers folder, which needs no conversion")
     architecture = _architecture(own, source)
-    fitting = _fitting(architecture)
+    check_shapes(own, architecture, source, {bare: name for name, bare in names.items()})
+    fitting = fitting_families(architecture)
     known = family or recognised_family(shapes)
     if known is not None and known not in fitting:
         fits = f"it looks like {' or '.join(fitting)}" if fitting else "it is of no known family"
@@ -107,8 +110,8 @@ def recognised_family(names: Iterable[str]) -> str | None:
     return next((family for piece, family in _MARKS.items() if any(piece in name for name in listed)), None)
 
 
-def _fitting(architecture: Mapping[str, Any]) -> list[str]:
-    """The families whose latents have this form."""
+def fitting_families(architecture: Mapping[str, Any]) -> list[str]:
+    """The keys of `FAMILIES` whose latents have the form that these fields of config.json give."""
     form = (architecture["latent_channels"], architecture["use_quant_conv"])
     return [name for name, family in FAMILIES.items() if (family.latent_channels, family.use_quant_conv) == form]
 
@@ -116,22 +119,33 @@ def _fitting(architecture: Mapping[str, Any]) -> list[str]:
 def _architecture(shapes: Mapping[str, Sequence[int]], source: object) -> dict[str, Any]:
     """The fields of config.json that tensors tell; names without prefix, in either layout."""
     is_ldm = any(name.startswith("encoder.down.") for name in shapes)
-    stage = r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight"
-    if not is_ldm:
-        stage = r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight"
-    blocks = {(int(found[1]), int(found[2])): shapes[name] for name in shapes if (found := re.fullmatch(stage, name))}
+    where, what = ("down", "block") if is_ldm else ("down_blocks", "resnets")
+    block = re.compile(rf"encoder\.{where}\.(\d{{1,6}})\.{what}\.(\d{{1,6}})\.")
+    blocks = {(int(found[1]), int(found[2])) for name in shapes if (found := block.match(name))}
     if any(re.search(r"\.(down|up)\.\d+\.attn\.", name) for name in shapes):
         raise UserError(f"{source} has attention in the stages of an LDM layout, which diffusers' conversion lacks")
-    try:
-        num_levels, num_layers = (1 + max(key[axis] for key in blocks) for axis in (0, 1))
-        widths = [blocks[level, 0][0] for level in range(num_levels)]
-        fields = {
-            "in_channels": shapes["encoder.conv_in.weight"][1],
-            "out_channels": shapes["decoder.conv_out.weight"][0],
-            "latent_channels": shapes["decoder.conv_in.weight"][1],
-        }
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{source} lacks weights of an AutoencoderKL: it has none named {error}") from error
+    if not blocks:
+        raise UserError(f"{source} lacks weights of an AutoencoderKL: it has no residual blocks in an encoder")
+    num_levels, num_layers = (1 + max(key[axis] for key in blocks) for axis in (0, 1))
+    needed = itertools.chain(  # lazily: a name in a damaged file may count to millions
+        (f"{half}.{part}.weight" for half in ("encoder", "decoder") for part in ("conv_in", "conv_out")),
+        (
+            f"encoder.{where}.{level}.{what}.{layer}.conv1.weight"
+            for level in range(num_levels)
+            for layer in range(num_layers)
+        ),
+    )
+    for name in needed:
+        if name not in shapes:
+            raise UserError(f"{source} lacks weights of an AutoencoderKL: it has none named {name}")
+        if len(shapes[name]) != 4:
+            raise UserError(f"{source}: {name} is of {len(shapes[name])} dimensions, and a 2D convolution has 4")
+    widths = [shapes[f"encoder.{where}.{level}.{what}.0.conv1.weight"][0] for level in range(num_levels)]
+    fields = {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+    }
     if not is_ldm and widths != _RELEASED_WIDTHS:
         raise UserError(
             f"{source} does not tell the groups of its norms, and widths {widths} are not those of a released model: "
@@ -143,7 +157,7 @@ def _architecture(shapes: Mapping[str, Sequence[int]], source: object) -> dict[s
         "layers_per_block": num_layers,
         "down_block_types": ["DownEncoderBlock2D"] * num_levels,
         "up_block_types": ["UpDecoderBlock2D"] * num_levels,
-        "norm_num_groups": _LDM_GROUPS,
+        "norm_num_groups": LDM_GROUPS,
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "mid_block_add_attention": any(name.startswith(attention) for name in shapes),

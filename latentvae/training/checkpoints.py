@@ -2,7 +2,9 @@
 
     <images_seen>/model/                           the trained weights, a diffusers folder
     <images_seen>/ema/                             their average, a diffusers folder (where EMA is on)
-    <images_seen>/discriminator.safetensors        (where there is one)
+    <images_seen>/<network>.safetensors            discriminator, learned likelihood (where there is one)
+    <images_seen>/adapter.safetensors              with LoRA: its matrices, which are merged in model/ and ema/;
+    <images_seen>/adapter_ema.safetensors          and their average
     <images_seen>/<network>_optimizer.safetensors  exp_avg and exp_avg_sq by parameter name
     <images_seen>/state.json                       images_seen, step counts, scaler, optimizer scalars, recipe
 
@@ -10,6 +12,7 @@ Noise, augmentation and the order of the data are keyed by (seed, position), so 
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,15 @@ from latentvae.errors import UserError
 from latentvae.files import atomic_folder, write_json
 from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.training.ema import ExponentialMovingAverage
+from latentvae.training.lora import adapter_state, has_adapter, load_adapter_state, plain_model
 from latentvae.training.optim import load_optimizer_tensors, optimizer_tensors
+from latentvae.training.record import changes
 from latentvae.training.run_dir import STATE_FILE
 
-DISCRIMINATOR_FILE = "discriminator.safetensors"
+logger = logging.getLogger("latentvae")
+
+AUTOENCODER = "autoencoder"  # of the networks; the others are files beside it
+ADAPTER_FILE, ADAPTER_AVERAGE_FILE = "adapter.safetensors", "adapter_ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,14 +60,18 @@ def save_checkpoint(
 ) -> None:
     """Write the whole checkpoint beside `folder` and rename it into place."""
     with atomic_folder(folder, overwrite=True) as temporary:
-        save_model(vae, temporary / "model")
+        save_model(plain_model(vae), temporary / "model")
+        if has_adapter(vae):
+            save_file(adapter_state(vae), temporary / ADAPTER_FILE)
         if ema is not None:
             with ema.applied():
-                save_model(vae, temporary / "ema")
-        if "discriminator" in networks:
-            weights = networks["discriminator"].module.state_dict()
-            contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-            save_file(contiguous, temporary / DISCRIMINATOR_FILE)
+                save_model(plain_model(vae), temporary / "ema")
+                if has_adapter(vae):
+                    save_file(adapter_state(vae), temporary / ADAPTER_AVERAGE_FILE)
+        for name in networks.keys() - {AUTOENCODER}:
+            weights = networks[name].module.state_dict()
+            contiguous = {key: tensor.contiguous() for key, tensor in weights.items()}
+            save_file(contiguous, temporary / f"{name}.safetensors")
         scalars = {}
         for name, network in networks.items():
             tensors, scalars[name] = optimizer_tensors(network.optimizer, network.module.named_parameters())
@@ -84,50 +96,73 @@ def load_checkpoint(
     *,
     networks: dict[str, TrainedNetwork],
     ema: ExponentialMovingAverage | None,
+    scaler: Any = None,
 ) -> None:
-    """Fill discriminator, optimizers and average in place; `state` is what `read_state` gave.
-
-    The weights of the autoencoder are read by `load_weights`.
+    """Fill networks, optimizers, average and fp16 loss scaler in place; `state` is what `read_state` gave.
 
     Raises:
         UserError: a file is missing or damaged, or was made by a run with other networks.
     """
+    vae: Any = networks[AUTOENCODER].module
+    _load_weights(folder, vae)
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
     try:
         if set(state["optimizers"]) != set(networks):
             raise UserError(
                 f"{folder} holds {sorted(state['optimizers'])}, this recipe trains {sorted(networks)}: "
                 "resume with the recipe of the run (recipe.yaml beside its checkpoints)"
             )
-        if "discriminator" in networks:
-            networks["discriminator"].module.load_state_dict(load_file(folder / DISCRIMINATOR_FILE))
+        for name in networks.keys() - {AUTOENCODER}:
+            networks[name].module.load_state_dict(load_file(folder / f"{name}.safetensors"))
         for name, network in networks.items():
             tensors = load_file(folder / f"{name}_optimizer.safetensors")
             named = network.module.named_parameters()
             load_optimizer_tensors(network.optimizer, named, tensors, state["optimizers"][name])
         if ema is not None:
-            average = load_model(folder / "ema", torch_dtype=next(networks["autoencoder"].module.parameters()).dtype)
-            ema.load_state_dict(dict(average.named_parameters()), state["ema_updates"])
+            if has_adapter(vae):
+                averages = dict(vae.named_parameters()) | load_file(folder / ADAPTER_AVERAGE_FILE)
+            else:
+                average = load_model(folder / "ema", torch_dtype=next(vae.parameters()).dtype)
+                averages = dict(average.named_parameters())
+            ema.load_state_dict(averages, state["ema_updates"])
     except UserError:
         raise
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{folder} cannot be resumed from: {str(error).splitlines()[0]}") from error
 
 
-def load_weights(folder: Path, vae: AutoencoderKL) -> None:
-    """Copy the weights and the measured scaling of a model folder into `vae`, exactly.
+def _load_weights(folder: Path, vae: AutoencoderKL) -> None:
+    """Copy the autoencoder of a checkpoint into `vae`, exactly: weights, or with LoRA its matrices; measured scaling.
 
     Raises:
-        UserError: the folder is not a model, or one of another architecture.
+        UserError: there is no such model, or one of another architecture.
     """
+    if has_adapter(vae):
+        try:
+            load_adapter_state(vae, load_file(folder / ADAPTER_FILE))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder} cannot be resumed from: {str(error).splitlines()[0]}") from error
+        return
     dtype = next(vae.parameters()).dtype
-    saved = load_model(folder, torch_dtype=dtype)
+    saved = load_model(folder / "model", torch_dtype=dtype)
     try:
         vae.load_state_dict(saved.state_dict())
     except RuntimeError as error:
-        raise UserError(f"{folder} is a model of another architecture than the recipe's: {error}") from error
+        raise UserError(f"{folder} holds a model of another architecture than the recipe's: {error}") from error
     vae.register_to_config(
         scaling_factor=saved.config.scaling_factor,
         shift_factor=saved.config.shift_factor,
         latents_mean=saved.config.latents_mean,
         latents_std=saved.config.latents_std,
     )
+
+
+def compare_settings(folder: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Say what changed in the recipe since a checkpoint was made; UserError where it is of another model."""
+    changed = sorted(changes(state["recipe"], settings))
+    architecture = [line for line in changed if line.startswith("model.")]
+    if architecture:
+        raise UserError(f"{folder} was made with another model: {'; '.join(architecture)}; use another --out")
+    for line in changed:
+        logger.warning("changed since the checkpoint: %s", line)

@@ -1,7 +1,7 @@
 """The exponential moving average of the weights, which is what a finished run ships."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -40,6 +40,14 @@ class ExponentialMovingAverage:
         self.num_updates += 1
         weights = [p.detach().to(self._averages[name].dtype) for name, p in self._parameters.items()]
         torch._foreach_lerp_(list(self._averages.values()), weights, 1 - self.current_decay)
+
+    @torch.no_grad()
+    def settle(self, modules: Iterable[nn.Module]) -> None:
+        """Give the parameters of these parts of the model their averages, which then stay, where they are frozen."""
+        own = {id(parameter) for module in modules for parameter in module.parameters()}
+        for name, parameter in self._parameters.items():
+            if id(parameter) in own:
+                parameter.copy_(self._averages[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name: what a model folder holds. `num_updates` is to be saved beside it."""

@@ -2,30 +2,42 @@
 
 RUN/recipe.yaml                 the fully resolved recipe
 RUN/environment.json            versions, commit, hardware
+RUN/status.json                 whether it runs, where and since when, or how it ended
 RUN/log.txt                     what the run said
-RUN/metrics.jsonl               one JSON object per logged step or validation
+RUN/metrics.jsonl               one JSON object per log interval, validation or resume
+RUN/curves.png                  the same as a picture
 RUN/unreadable.csv              files that could not be used, and why
 RUN/samples/<images_seen>.png   originals above reconstructions
 RUN/tensorboard/                and what other trackers write
 RUN/checkpoints/<images_seen>/  everything that resume needs (see checkpoints.py)
-RUN/model/                      the finished model, a diffusers folder (the EMA where it is on)
+RUN/best/                       the model of the best validation so far, a diffusers folder with its metrics.json
+RUN/model/                      the finished model, likewise (the EMA where it is on)
+
+Nothing here imports torch until a run begins: `latentvae info` reads the same folder.
 """
 
 import json
 import os
 import platform
 import shutil
+import struct
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from pydantic import BaseModel
 
-from latentvae.errors import UserError
+from latentvae.config import load_config
+from latentvae.errors import UserError, one_line
 from latentvae.files import TEMPORARY_MARK, check_writable, write_json, write_text
 
+METRICS_FILE = "metrics.json"  # beside the weights of RUN/model and RUN/best
 STATE_FILE = "state.json"  # written last in a checkpoint folder, which is itself renamed into place when whole
+
+
+class _AnySettings(BaseModel, extra="allow"):
+    """A recipe without the classes that know its fields: they import torch, and an older one may have others."""
 
 
 class RunDirectory:
@@ -35,11 +47,15 @@ class RunDirectory:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.environment = self.path / "environment.json"
+        self.status = self.path / "status.json"
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
+        self.curves = self.path / "curves.png"
         self.unreadable = self.path / "unreadable.csv"
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
+        self.drift = self.path / "drift.json"
         self.model = self.path / "model"
 
     def find_checkpoint(self, resume: str | Path | None) -> Path | None:
@@ -50,8 +66,9 @@ class RunDirectory:
                 yet: a job that is started again and again begins with no checkpoint), a path takes that one.
 
         Raises:
-            UserError: a new run in a folder that holds one, a path that is not a checkpoint, or a path while this
-                folder has newer ones: they would pass for what follows it.
+            UserError: a new run in a folder that holds one, a checkpoint that is damaged (an older one is never taken
+                in its place unasked), a path that is not a checkpoint, or a path while this folder has newer ones:
+                they would pass for what follows it.
         """
         if resume is None:
             if self.recipe.exists() or self.all_checkpoints():
@@ -59,6 +76,9 @@ class RunDirectory:
             return None
         if str(resume) == "auto":
             found = self.all_checkpoints()
+            if found and (reason := damage(found[-1])):
+                before = f"continue from {found[-2].name}" if len(found) > 1 else "start the run again"
+                raise UserError(f"{found[-1]} is damaged: {reason}; delete it to {before}")
             return found[-1] if found else None
         if not (Path(resume) / STATE_FILE).is_file():
             near = ", ".join(str(path) for path in self.all_checkpoints()) or "none"
@@ -89,15 +109,44 @@ class RunDirectory:
         for path in self.checkpoints.glob(f".*{TEMPORARY_MARK}*"):
             shutil.rmtree(path, ignore_errors=True)
 
+    def recover(self) -> None:
+        """Put back a model that a crash left beside its place, and clear what else it left there.
+
+        A folder is replaced by two renames: between them there is none by its name, but the old and the new one are
+        both whole beside it. The newer is taken.
+        """
+        for place in (self.best, self.model):
+            beside = [path for path in place.parent.glob(f".{place.name}{TEMPORARY_MARK}*") if path.is_dir()]
+            whole = [path for path in beside if saved_metrics(path) is not None and damage(path) is None]
+            if whole and not place.exists():
+                os.rename(max(whole, key=lambda path: (saved_metrics(path) or {})["images_seen"]), place)
+            for path in beside:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.path.glob(f".*{TEMPORARY_MARK}*"):
+            if path.is_file():
+                path.unlink(missing_ok=True)
+
+    def finished_model(self, images_seen: int) -> dict[str, float] | None:
+        """The metrics of RUN/model where it is the model after this many images; None where that is still to write."""
+        metrics = saved_metrics(self.model)
+        if metrics is None or metrics.pop("images_seen") != images_seen:
+            return None
+        return metrics
+
     def begin(self, recipe_yaml: str) -> None:
-        """Create the folder and write the recipe and the environment of this start.
+        """Create the folder, mend what a crash left, and write the recipe and the environment of this start.
 
         Raises:
             UserError: the folder cannot be written.
         """
         check_writable(self.path)
+        self.recover()
         write_text(self.recipe, recipe_yaml)
         write_json(self.environment, environment())
+
+    def settings(self) -> dict[str, Any]:
+        """recipe.yaml as nested dicts, whatever version of the recipe it is; {} where there is none."""
+        return load_config(_AnySettings, self.recipe).model_dump() if self.recipe.is_file() else {}
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -116,14 +165,52 @@ class RunDirectory:
         if self.metrics.exists():
             for line in self.metrics.read_text(encoding="utf-8").splitlines():
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except json.JSONDecodeError:
                     continue
+                if isinstance(row, dict) and "images_seen" in row:
+                    rows.append(row)
         return rows
+
+
+def saved_metrics(folder: Path) -> dict[str, float] | None:
+    """What metrics.json in a model folder says, images_seen among it; None where it is absent or not whole."""
+    try:
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return metrics if isinstance(metrics, dict) and "images_seen" in metrics else None
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint or a model folder cannot be whole; None where its JSON parses and no weight file is cut off."""
+    for file in sorted([*folder.rglob("*.json"), *folder.rglob("*.safetensors")]):
+        name = file.relative_to(folder)
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif (size := file.stat().st_size) != (expected := _expected_bytes(file)):
+                return f"{name} has {size:,} bytes instead of {expected:,}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            return f"{name} cannot be read ({one_line(error)})"
+    return None
+
+
+def _expected_bytes(file: Path) -> int:
+    """By its header: 8 bytes of length (little-endian), that many bytes of JSON, then all tensors without a gap."""
+    with open(file, "rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        if length > file.stat().st_size:
+            raise ValueError("its header is cut off")
+        header = json.loads(opened.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return int(8 + length + max(ends, default=0))
 
 
 def environment() -> dict[str, Any]:
     """Versions, commit and hardware, as JSON-ready values."""
+    import torch
+
     packages = ("latentvae", "torch", "diffusers", "accelerate", "safetensors", "lpips", "pillow", "numpy")
     versions = {}
     for name in packages:

@@ -1,60 +1,43 @@
 """The training loop: updates, and everything that happens between them."""
 
-import json
 import logging
+import math
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
-from latentvae.checkpoint import save_model
 from latentvae.data.pipeline import Batch, UnreadableImages
-from latentvae.errors import UserError
 from latentvae.images import PixelFormat
 from latentvae.losses.objective import Objective
 from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.progress import ImageProgress
-from latentvae.training.checkpoints import TrainedNetwork, load_checkpoint, load_weights, read_state, save_checkpoint
+from latentvae.training.best import BestModel
+from latentvae.training.checkpoints import compare_settings, load_checkpoint, read_state, save_checkpoint
 from latentvae.training.config import TrainingConfig
+from latentvae.training.drift import DriftReport
 from latentvae.training.ema import ExponentialMovingAverage
-from latentvae.training.optim import make_optimizer
-from latentvae.training.record import RunRecord, changes
+from latentvae.training.measurements import Measurements
+from latentvae.training.networks import trained_modules, with_optimizers
+from latentvae.training.record import RunRecord
+from latentvae.training.result import TrainResult
 from latentvae.training.run_dir import RunDirectory
 from latentvae.training.signals import StopSignals
-from latentvae.training.update import Updater
+from latentvae.training.starting import StartingModel
+from latentvae.training.step import encoder_parts
+from latentvae.training.update import NonFiniteLoss, Updater
 from latentvae.training.validation import ValidationResult
 
 logger = logging.getLogger("latentvae")
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """How a call of `Trainer.train` ended.
-
-    Attributes:
-        images_seen: over the whole run.
-        reason: finished (total_images), max_minutes, or the name of the signal that stopped it.
-        model_folder: the finished model; None where a signal stopped the run before its end.
-        checkpoint: the newest checkpoint.
-        metrics: of the last validation.
-    """
-
-    images_seen: int
-    reason: str
-    model_folder: Path | None
-    checkpoint: Path
-    metrics: dict[str, float]
-
-
 class Trainer:
     """Trains an autoencoder, with a discriminator where the objective has an adversarial term.
 
-    `recipe.build` makes one from a recipe; the parts can also be put together by hand.
+    `assembly.build` makes one from a recipe; the parts can also be put together by hand.
 
     Args:
         vae: in `config.parameter_dtype`.
@@ -64,7 +47,8 @@ class Trainer:
         validate: model => its figures, latent statistics and picture on the validation images.
         pixels: what the batches hold.
         settings: the resolved recipe, for the trackers and the checkpoints.
-        fine_tune: True leaves the scaling values of the model as they are; False writes measured ones.
+        starting: what a fine-tune started from, whose scaling it keeps; None for a new model.
+        drift: model => how far it is from `starting`.
         resume: a checkpoint folder to continue from.
     """
 
@@ -82,101 +66,95 @@ class Trainer:
         unreadable: UnreadableImages,
         run: RunDirectory,
         settings: dict[str, Any],
-        fine_tune: bool = False,
+        starting: StartingModel | None = None,
+        drift: Callable[[AutoencoderKL], DriftReport] | None = None,
         resume: Path | None = None,
         progress: bool = True,
     ) -> None:
         self.config, self.accelerator, self.run = config, accelerator, run
-        self.batches, self.validate, self.unreadable = batches, validate, unreadable
-        self.settings, self.fine_tune, self.resume = settings, fine_tune, resume
+        self.batches, self.unreadable, self.settings = batches, unreadable, settings
+        self.starting, self.resume, self.vae = starting, resume, vae
         self.progress = progress and accelerator.is_main_process
-        self.images_seen = 0
-        self.metrics: dict[str, float] = {}
+        self.micro_batch: dict[str, int] = {}  # what `training.micro_batch_size` came to, for a resume
         state = read_state(resume) if resume is not None else {}
-        self._measured_at = -1  # images_seen when the scaling in the model's config was measured
-
-        modules: dict[str, nn.Module] = {"autoencoder": vae}
-        if discriminator is not None:
-            modules["discriminator"] = discriminator
-        for module in modules.values():
-            module.to(accelerator.device)
-            if config.channels_last:
-                module.to(memory_format=torch.channels_last)
-        if config.gradient_checkpointing:
-            vae.enable_gradient_checkpointing()
-        if config.trainable == "decoder":
-            for part in (vae.encoder, vae.quant_conv):
-                if part is not None:
-                    part.requires_grad_(False)
+        self.images_seen: int = state.get("images_seen", 0)
         if resume is not None:
-            self._compare_settings(resume, state)
-            load_weights(resume / "model", vae)
-        self.vae = vae
+            compare_settings(resume, state, settings)
+            if starting is not None:
+                starting.require_same(state["starting"], settings["model"]["start_from"])
+        modules = trained_modules(vae, discriminator, config, objective.config, accelerator.device)
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay:
             self.ema = ExponentialMovingAverage(vae, config.ema_decay, config.ema_warmup_steps)
-        self.networks = {
-            name: TrainedNetwork(
-                module,
-                make_optimizer(
-                    module.named_parameters(),
-                    learning_rate=config.learning_rate,
-                    betas=config.betas,
-                    weight_decay=config.weight_decay,
-                ),
-            )
-            for name, module in modules.items()
-        }
+        self.networks = with_optimizers(modules, config)
         if resume is not None:
-            load_checkpoint(resume, state, networks=self.networks, ema=self.ema)
+            load_checkpoint(resume, state, networks=self.networks, ema=self.ema, scaler=accelerator.scaler)
+            logger.info("continuing from %s, after %d images", resume, self.images_seen)
         self.updater = Updater(
-            config, accelerator, objective, self.networks, vae, pixels, seconds_before=state.get("seconds", 0.0)
+            config,
+            accelerator,
+            objective,
+            self.networks,
+            vae,
+            pixels,
+            anchor=starting if objective.config.anchor_weight else None,
+            seconds_before=state.get("seconds", 0.0),
         )
-        if resume is not None:
-            self._restore(resume, state)
+        self.updater.num_nonfinite = state.get("num_nonfinite", 0)
+        resolution = settings["validation"]["resolution"] or settings["data"]["resolution"]
+        self.measured = Measurements(
+            vae,
+            self.ema,
+            validate=validate,
+            drift=drift,
+            best=BestModel(run, config.best_metric, state.get("best"), has_lpips=objective.config.has_perceptual),
+            run=run,
+            accelerator=accelerator,
+            measured_on={"validation_resolution": resolution},
+            metrics=state.get("metrics", {}),
+            validated_at=state.get("validated_at", self.images_seen),
+        )
         if accelerator.is_main_process:
             run.drop_metrics_after(self.images_seen)
-
-    def _compare_settings(self, resume: Path, state: dict[str, Any]) -> None:
-        """Say what changed since the checkpoint was made; another model is refused."""
-        changed = sorted(changes(state["recipe"], self.settings))
-        architecture = [line for line in changed if line.startswith("model.")]
-        if architecture:
-            raise UserError(f"{resume} was made with another model: {'; '.join(architecture)}; use another --out")
-        for line in changed:
-            logger.warning("changed since the checkpoint: %s", line)
-
-    def _restore(self, resume: Path, state: dict[str, Any]) -> None:
-        self.images_seen, self.metrics = state["images_seen"], state["metrics"]
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        logger.info("continuing from %s, after %d images", resume, self.images_seen)
 
     def train(self) -> TrainResult:
         """Run until total_images, max_minutes or a signal; always leaves a checkpoint.
 
+        A run that has finished already is left as it is.
+
         Raises:
-            NonFiniteLoss: before the update that would have used it.
+            NonFiniteLoss: before the update that would have used it, where `training.on_nonfinite` does not say else.
             UserError: more unreadable files than `data.max_unreadable`.
         """
+        done = self._finished_before()
+        if done is not None:
+            return done
         config = self.config
         with ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
-            record = stack.enter_context(RunRecord(self.run, self.accelerator, self.settings))
+            record = stack.enter_context(
+                RunRecord(self.run, self.accelerator, self.settings, images_seen=self.images_seen)
+            )
             progress = stack.enter_context(
-                ImageProgress("training", config.total_images, start=self.images_seen, enabled=self.progress)
+                ImageProgress(
+                    "training",
+                    config.total_images,
+                    start=self.images_seen,
+                    enabled=self.progress,
+                    seconds_between_lines=math.inf,  # RunRecord says them
+                )
             )
             reason = self._end()
+            if reason is None and self.measured.is_due(self.images_seen, config.validate_every_images):
+                self._validate(record, progress)  # the stop signal that ended the run before came in its place
             batches = stack.enter_context(closing(self.batches(self.images_seen)))
             while reason is None:
                 before = self.images_seen
                 micro_batches = next(batches)
                 for batch in micro_batches:
                     self._note(batch.unreadable)
-                record.add(self.updater.update(micro_batches, before, stop=signals.received is not None))
+                record.add(self._update(micro_batches, stop=signals.received is not None))
                 self.images_seen += config.global_batch_size
-                if self.ema is not None and not self.updater.was_skipped:
-                    self.ema.update()
                 self._report(before, record, progress)
                 reason = self._end() or ((signals.received or "a signal") if self.updater.stop_agreed else None)
                 if reason is None and self._is_due(before, config.validate_every_images):
@@ -188,9 +166,56 @@ class Trainer:
             if finished:
                 self._validate(record, progress)
             checkpoint = self._save(measure=finished)
-            model_folder = self._write_model() if finished else None
-            logger.info("%s after %d images", reason, self.images_seen)
-        return TrainResult(self.images_seen, reason, model_folder, checkpoint, self.metrics)
+            if finished:
+                self.measured.write_model(self.images_seen)
+            record.end(self.images_seen, reason)
+        model = self.run.model if finished else None
+        return TrainResult(self.images_seen, reason, model, checkpoint, self.measured.metrics)
+
+    def _finished_before(self) -> TrainResult | None:
+        """The result of a run that had ended, with its model written, when it was resumed."""
+        reason = self._end()
+        if self.resume is None or reason is None:
+            return None
+        metrics = self.run.finished_model(self.images_seen)
+        self.accelerator.wait_for_everyone()  # before one of them writes what another has yet to look at
+        if metrics is None:
+            return None
+        logger.info(
+            "this run has finished: %s after %d images; its model is %s. To train on, raise training.total_images or "
+            "training.max_minutes",
+            reason, self.images_seen, self.run.model,
+        )  # fmt: skip
+        return TrainResult(self.images_seen, reason, self.run.model, self.resume, metrics)
+
+    def _update(self, micro_batches: list[Batch], *, stop: bool) -> dict[str, Tensor]:
+        """One step with its average; where it is not finite, what `training.on_nonfinite` says."""
+        start, step = self.config.decoder_only_start, self.config.global_batch_size
+        if self.ema is not None and start is not None and self.images_seen - step < start <= self.images_seen:
+            self.ema.settle(encoder_parts(self.vae))  # the decoder finishes on the encoder that is shipped
+        try:
+            terms = self.updater.update(micro_batches, self.images_seen, stop=stop)
+        except NonFiniteLoss as error:
+            if self.config.on_nonfinite != "rollback":
+                raise
+            self._roll_back(error)
+            return {}
+        if self.ema is not None and self.updater.trained_autoencoder and not self.updater.was_skipped:
+            self.ema.update()
+        return terms
+
+    def _roll_back(self, error: NonFiniteLoss) -> None:
+        """Go back to the weights of the newest checkpoint; the images that led here are not seen again."""
+        found = self.run.all_checkpoints()
+        count = self.updater.num_nonfinite = self.updater.num_nonfinite + 1
+        if not found or count > self.config.max_nonfinite:
+            raise error
+        state, scaler = read_state(found[-1]), self.accelerator.scaler
+        load_checkpoint(found[-1], state, networks=self.networks, ema=self.ema, scaler=scaler)
+        logger.warning(
+            "%s. Back to the weights of %s, and on with the next images (%d of at most %d times)",
+            error, found[-1], count, self.config.max_nonfinite,
+        )  # fmt: skip
 
     def _end(self) -> str | None:
         """Why the run is over, from what all processes agree on; None while it is not."""
@@ -204,12 +229,13 @@ class Trainer:
     def _report(self, before: int, record: RunRecord, progress: ImageProgress) -> None:
         is_first = before == progress.start
         figures = {}
-        if is_first or self._is_due(before, self.config.log_every_images):
-            terms = record.log_terms(self.images_seen, {"images_per_second": progress.images_per_second})
-            figures = {"reconstruction": terms["reconstruction"]}
         total = self.config.total_images
         if self.config.max_minutes is not None:  # what the time budget lets expect
             total = min(total, round(self.images_seen / max(self.updater.progress(self.images_seen), 1e-9)))
+        if is_first or self._is_due(before, self.config.log_every_images):
+            speed = {"images_per_second": progress.images_per_second}
+            terms = record.log_terms(self.images_seen, speed, total_images=total)
+            figures = {name: terms[name] for name in ("reconstruction",) if name in terms}
         progress.update(self.images_seen, total=total, figures=figures)
 
     def _note(self, unreadable: list[tuple[str, str]]) -> None:
@@ -217,28 +243,11 @@ class Trainer:
         for key, why in self.unreadable.add(unreadable):
             logger.warning("skipped %s: %s", key, why)
 
-    def _averaged(self) -> Any:
-        """A context in which the model holds its average, where EMA is on."""
-        return self.ema.applied() if self.ema is not None else nullcontext()
-
     def _validate(self, record: RunRecord, progress: ImageProgress) -> None:
-        result = self._measure()
-        resolution = self.settings["validation"]["resolution"] or self.settings["data"]["resolution"]
-        measured_on = {"validation_images": result.num_images, "validation_resolution": resolution}
-        self.metrics = result.metrics | measured_on
+        result = self.measured.validated(self.images_seen)
+        self._note(result.unreadable)
         record.log_validation(self.images_seen, result)
         progress.update(self.images_seen, figures=result.metrics)
-
-    def _measure(self) -> ValidationResult:
-        """Validate the average. A new model then says the scaling measured on it; a fine-tune keeps what it has."""
-        with self._averaged():
-            result = self.validate(self.vae)
-        self._note(result.unreadable)
-        if not self.fine_tune:
-            scaling = result.latents.scaling(has_shift=self.vae.config.shift_factor is not None)
-            self.vae.register_to_config(**scaling)
-            self._measured_at = self.images_seen
-        return result
 
     def _save(self, *, measure: bool = True) -> Path:
         """A checkpoint by the first process, while the others wait.
@@ -246,22 +255,16 @@ class Trainer:
         `measure` False leaves the scaling of the last validation in it: who asked for a stop does not wait long.
         """
         folder = self.run.checkpoint(self.images_seen)
-        accelerator = self.accelerator
+        accelerator, measured = self.accelerator, self.measured
         accelerator.wait_for_everyone()
-        if measure and not self.fine_tune and self._measured_at != self.images_seen:
-            self._measure()
+        if measure and measured.needs_scaling and measured.measured_at != self.images_seen:
+            self._note(measured.measure(self.images_seen).unreadable)
         if self.resume is not None and folder.resolve() == self.resume.resolve():
+            if accelerator.is_main_process:
+                self.run.prune(self.config.keep_checkpoints)  # which a crash may have left undone
             return folder  # nothing was trained since, and a replacement would not be one rename
         if accelerator.is_main_process:
-            state = {
-                "images_seen": self.images_seen,
-                "seconds": self.updater.seconds,
-                "ema_updates": self.ema.num_updates if self.ema is not None else 0,
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "metrics": self.metrics,
-                "recipe": self.settings,
-            }
-            save_checkpoint(folder, vae=self.vae, ema=self.ema, networks=self.networks, state=state)
+            save_checkpoint(folder, vae=self.vae, ema=self.ema, networks=self.networks, state=self._state())
             self.run.prune(self.config.keep_checkpoints)
             if self.unreadable.count:
                 self.unreadable.write_csv(self.run.unreadable)
@@ -269,11 +272,19 @@ class Trainer:
         accelerator.wait_for_everyone()
         return folder
 
-    def _write_model(self) -> Path:
-        """RUN/model: the finished model and its metrics."""
-        if self.accelerator.is_main_process:
-            metrics = json.dumps({"images_seen": self.images_seen} | self.metrics, indent=2, allow_nan=False)
-            with self._averaged():
-                save_model(self.vae, self.run.model, overwrite=True, files={"metrics.json": metrics + "\n"})
-        self.accelerator.wait_for_everyone()
-        return self.run.model
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        scaler = self.accelerator.scaler
+        return {
+            "images_seen": self.images_seen,
+            "seconds": self.updater.seconds,
+            "ema_updates": self.ema.num_updates if self.ema is not None else 0,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "num_nonfinite": self.updater.num_nonfinite,
+            "best": self.measured.best.state(),
+            "starting": self.starting.to_dict() if self.starting is not None else None,
+            "micro_batch": self.micro_batch,
+            "metrics": self.measured.metrics,
+            "validated_at": self.measured.validated_at,
+            "recipe": self.settings,
+        }

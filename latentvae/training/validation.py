@@ -1,8 +1,9 @@
 """Images that are measured and pictured while training runs."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from latentvae.evaluation.metrics import psnr
 from latentvae.images import PixelFormat, from_model, image_grid, to_model
 from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.model.posterior import Posterior
+from latentvae.training.perturbation import equivariance_error
 
 MAX_PSNR = 100.0  # dB; an image reproduced exactly counts as this, since infinity has no mean and no place in JSON
+ACTIVE_VARIANCE = 0.01  # of the posterior means over the data: a unit above it is used (Burda et al. 2016, section 5.2)
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,16 @@ class LatentStatistics:
 
     Attributes:
         mean, std: over all elements.
+        channel_mean, channel_std: of each channel, over images and positions.
+        active_channels: how many channels carry something of the image: their posterior mean varies over images and
+            positions with more than ACTIVE_VARIANCE, and is not the prior's whatever the image.
     """
 
     mean: float
     std: float
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
+    active_channels: int = 0
 
     def scaling(self, *, has_shift: bool) -> dict[str, float]:
         """config.json values that give normalized latents unit variance (LDM, section G: one over the std).
@@ -46,7 +55,8 @@ class ValidationResult:
     """What one pass over the validation images gave; the same on every process but for the picture.
 
     Attributes:
-        metrics: psnr (dB, mean over images) and lpips (where the run has a perceptual term).
+        metrics: psnr (dB, mean over images), lpips (where the run has a perceptual term), equivariance_error (where it
+            trains that), and active_channels.
         num_images: how many images the metrics are means over.
         latents: statistics of the raw latents.
         unreadable: (key, reason) of the images that could not be used.
@@ -68,6 +78,7 @@ def validate(
     device: torch.device,
     perceptual: nn.Module | None = None,
     num_pictures: int = 0,
+    has_equivariance: bool = False,
 ) -> ValidationResult:
     """Reconstruct every image through the posterior mode, without autocast, and measure.
 
@@ -75,7 +86,7 @@ def validate(
     images; the figures are over all of them, each image once.
     """
     rows: list[dict[str, Any]] = []
-    sums: list[tuple[Tensor, Tensor, int]] = []
+    sums: list[_LatentSums] = []
     unreadable: list[tuple[str, str]] = []
     pictures: list[np.ndarray] = []
     parameter = next(vae.parameters())
@@ -92,28 +103,60 @@ def validate(
             figures = {"psnr": decibel.tolist()}
             if perceptual is not None:
                 figures["lpips"] = perceptual(images, reconstructions.clamp(-1, 1)).tolist()
+            if has_equivariance:
+                figures["equivariance_error"] = equivariance_error(vae, images).tolist()
             rows += [dict(zip(figures, values, strict=True)) for values in zip(*figures.values(), strict=True)]
-            mean, variance = posterior.mean.cpu().double(), posterior.std.cpu().double().square()
-            sums.append((mean.sum(), (mean.square() + variance).sum(), mean.numel()))
+            sums.append(_LatentSums.of(posterior))
             room = max(0, num_pictures - len(pictures) // 2)
             for pair in zip(batch.images[:room].numpy(), restored[:room].numpy(), strict=True):
                 pictures += pair
     rows, sums, unreadable = gather_object(rows), gather_object(sums), gather_object(unreadable)
     if not rows:
         raise UserError(f"none of the {len(unreadable)} validation images is readable: {unreadable[:3]}")
-    metrics = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    # fsum rounds once, so the order in which the processes are gathered changes nothing.
+    metrics = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    latents = _statistics(sums)
+    metrics["active_channels"] = latents.active_channels
     picture = None
     if pictures:
         shown = [_displayable(array, pixels) for array in pictures[0::2] + pictures[1::2]]
         picture = image_grid(shown, columns=len(pictures) // 2)
-    return ValidationResult(metrics, len(rows), _statistics(sums), unreadable, picture)
+    return ValidationResult(metrics, len(rows), latents, unreadable, picture)
 
 
-def _statistics(sums: list[tuple[Tensor, Tensor, int]]) -> LatentStatistics:
-    total = sum(count for _, _, count in sums)
-    mean = sum(value.item() for value, _, _ in sums) / total  # E[z]
-    second = sum(value.item() for _, value, _ in sums) / total  # E[z^2]
-    return LatentStatistics(mean=mean, std=max(second - mean**2, 0.0) ** 0.5)
+@dataclass(frozen=True)
+class _LatentSums:
+    """Sums over the images and positions of one batch, float64 on the CPU (MPS has none), (C,) each."""
+
+    mean: Tensor  # of posterior means
+    square: Tensor  # of their squares
+    variance: Tensor  # of posterior variances
+    count: int  # elements of each channel
+
+    @classmethod
+    def of(cls, posterior: Posterior) -> Self:
+        mean, variance = posterior.mean.cpu().double(), posterior.std.cpu().double().square()  # (B, C, h, w)
+        total, square, spread = (value.sum(dim=(0, 2, 3)) for value in (mean, mean.square(), variance))
+        return cls(total, square, spread, count=mean.numel() // mean.shape[1])
+
+
+def _statistics(batches: list[_LatentSums]) -> LatentStatistics:
+    count = sum(batch.count for batch in batches)
+
+    def means(name: str) -> Tensor:
+        """(C,), the mean over all batches, whatever their order."""
+        columns = zip(*(getattr(batch, name).tolist() for batch in batches), strict=True)
+        return torch.tensor([math.fsum(column) / count for column in columns], dtype=torch.float64)
+
+    mean, square, variance = means("mean"), means("square"), means("variance")
+    second = square + variance  # E[z^2]
+    return LatentStatistics(
+        mean=mean.mean().item(),
+        std=(second.mean() - mean.mean() ** 2).clamp(min=0).sqrt().item(),
+        channel_mean=tuple(mean.tolist()),
+        channel_std=tuple((second - mean**2).clamp(min=0).sqrt().tolist()),
+        active_channels=int((square - mean**2 > ACTIVE_VARIANCE).sum()),
+    )
 
 
 def _displayable(array: np.ndarray, pixels: PixelFormat) -> np.ndarray:

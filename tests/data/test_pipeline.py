@@ -15,50 +15,22 @@ from pydantic import ValidationError
 
 from latentvae.data.augment import augment
 from latentvae.data.pipeline import (
-    Batch,
     DataConfig,
     TrainingImages,
     UnreadableImages,
     split_by_key,
     training_batches,
     validation_batches,
+    validation_indices,
 )
 from latentvae.data.sources import open_source
 from latentvae.errors import UserError
 from latentvae.images import PixelFormat, center_crop, resize_shorter_side
 from latentvae.keyed import permutation, uniforms
+from tests.data.batches import SMALL, flat, steps
 
 RGB = PixelFormat()
 GRAY16 = PixelFormat(channels=1, dtype="uint16")
-SMALL = DataConfig(resolution=32, num_workers=0)
-
-
-def steps(
-    source, config=SMALL, pixels=RGB, *, count=3, seed=1, start=0, batch=8, micro=4, rank=0, ranks=1, indices=None
-):
-    batches = training_batches(
-        source,
-        config,
-        pixels,
-        seed=seed,
-        start_image=start,
-        global_batch_size=batch,
-        micro_batch_size=micro,
-        process_index=rank,
-        num_processes=ranks,
-        indices=indices,
-    )
-    return list(islice(batches, count))
-
-
-def flat(batches: list[list[Batch]]) -> dict[int, tuple[str, bytes]]:
-    """position -> (key, the bytes of the image)."""
-    return {
-        position: (key, image.numpy().tobytes())
-        for step in batches
-        for batch in step
-        for position, key, image in zip(batch.positions, batch.keys, batch.images, strict=True)
-    }
 
 
 def broken_set(count=12, broken=(2, 5, 7)):
@@ -126,6 +98,36 @@ def test_permutation_is_one_and_stays_what_it_was():
         0.7908170505948386,
         0.36039238850933375,
     )
+
+
+def test_the_order_and_the_cuts_stay_what_they_were():
+    """Written down when there were neither repeats nor buckets: a run that began then goes on with the same images."""
+    y, x = np.mgrid[0:60, 0:80]
+    picture = np.stack([3 * x, 3 * y, np.zeros_like(x)], -1).astype(np.uint8)
+    source = open_source([{"key": f"k{i:02d}", "image": b"no" if i in (2, 5) else picture} for i in range(12)])
+    indices = [0, 1, 2, 3, 4, 5, 6, 8, 9, 11]
+    batches = [batch for step in steps(source, seed=7, batch=4, count=8, indices=indices) for batch in step]
+    keys = " ".join(key[1:] for batch in batches for key in batch.keys)
+    assert keys == ("08 11 06 04 03 00 09 09 04 01 03 09 03 04 06 01 00 11 08 01 11 03 09 08 06 00 08 01 04 04 00 01")
+    middles = [image[16, 16, :2].tolist() for batch in batches for image in batch.images]
+    expected = [
+        [95, 77],
+        [86, 105],
+        [164, 73],
+        [79, 87],
+        [81, 91],
+        [68, 113],
+        [146, 91],
+        [146, 91],
+        [79, 87],
+        [112, 74],
+    ]
+    assert np.abs(np.array(middles[:10]) - expected).max() <= 1  # another Pillow may round otherwise
+    center = SMALL.model_copy(update={"crop": "center"})
+    ((batch,),) = steps(source, center, seed=7, start=20, batch=4, count=1)
+    assert batch.keys == ["k10", "k07", "k11", "k09"]
+    middles = [image[16, 16, :2].tolist() for image in batch.images]
+    assert np.abs(np.array(middles) - [[119, 91], [119, 91], [119, 91], [113, 91]]).max() <= 1
 
 
 def test_workers_processes_micro_batches_and_resume_change_no_pixel(photographs):
@@ -399,6 +401,18 @@ def test_validation_is_every_image_once_over_processes(photographs, workers):
         flat([list(validation_batches(source, config, RGB, **options, max_images=5))]).items()
         <= flat([batches]).items()
     )
+
+
+def test_the_choice_of_validation_images_can_be_made_once(photographs):
+    source = open_source(photographs)
+    options = {"resolution": 24, "batch_size": 4}
+    chosen = validation_indices(source, [0, 3, 5, 7, 8, 10], 5)
+    assert len(chosen) == 5 and set(chosen) < {0, 3, 5, 7, 8, 10}
+    assert chosen == [index for index in validation_indices(source) if index in (0, 3, 5, 7, 8, 10)][:5]
+    batches = list(validation_batches(source, SMALL, RGB, **options, chosen=chosen))
+    assert [key for batch in batches for key in batch.keys] == [source.entries()[index].key for index in chosen]
+    anew = list(validation_batches(source, SMALL, RGB, **options, indices=[0, 3, 5, 7, 8, 10], max_images=5))
+    assert flat([anew]) == flat([batches])
 
 
 def test_validation_leaves_unreadable_images_out_and_reports_each():

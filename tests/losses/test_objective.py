@@ -1,106 +1,26 @@
 """The objective on a real (very small) autoencoder: what it computes, and what it must leave alone."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from latentvae.losses.config import LossConfig
-from latentvae.losses.discriminator import DiscriminatorConfig, PatchDiscriminator
+from latentvae.losses.discriminator import PatchDiscriminator
 from latentvae.losses.objective import Objective
 from latentvae.losses.perceptual import Perceptual
-from latentvae.losses.terms import hinge_generator, kl, l1, l2
-from latentvae.model.autoencoder import AutoencoderKL
-
-SIZE = 24
-FACTOR = 2  # of the autoencoder below
-SMALL = DiscriminatorConfig(base_channels=8, num_layers=2)
-
-
-class Output(NamedTuple):
-    moments: Tensor
-    reconstructions: Tensor
-    features: Tensor
-
-
-def autoencoder(dtype=torch.float64) -> AutoencoderKL:
-    torch.manual_seed(0)
-    vae = AutoencoderKL.from_preset(
-        "f8c4-tiny",
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=2,
-    )
-    return vae.to(dtype)
-
-
-def forward(vae, images, noise) -> Output:
-    moments = vae.quant_conv(vae.encoder(images))
-    mean, logvar = moments.chunk(2, 1)
-    features = vae.decoder.features(vae.post_quant_conv(mean + (0.5 * logvar).exp() * noise))
-    return Output(moments, vae.decoder.conv_out(features), features)
-
-
-def batch(dtype=torch.float64, size=SIZE, num_images=2):
-    generator = torch.Generator().manual_seed(3)
-    images = torch.rand(num_images, 3, size, size, generator=generator, dtype=torch.float64) * 2 - 1
-    noise = torch.randn(num_images, 4, size // FACTOR, size // FACTOR, generator=generator, dtype=torch.float64)
-    return images.to(dtype), noise.to(dtype)
-
-
-def critic(dtype=torch.float64) -> PatchDiscriminator:
-    torch.manual_seed(1)
-    discriminator = PatchDiscriminator(config=SMALL).to(dtype)
-    with torch.no_grad():  # a trained one has gradients far above adaptive_eps
-        for parameter in discriminator.parameters():
-            parameter.mul_(3)
-    return discriminator
-
-
-def config(**changes) -> LossConfig:
-    base = {"perceptual": "none", "kl_weight": 1e-3, "discriminator_start": 0, "adversarial_start": 0}
-    return LossConfig(**(base | {"discriminator": SMALL, "adaptive_max": 1e6} | changes))
-
-
-def generator_loss(objective, vae, images, noise, discriminator=None, images_seen=0, **options):
-    output = forward(vae, images, noise)
-    return objective.generator(
-        images,
-        output,
-        last_layer=vae.decoder.conv_out,
-        discriminator=discriminator,
-        images_seen=images_seen,
-        **options,
-    )
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
-
-
-def plain_loss(settings, vae, images, noise, discriminator=None, perceptual=None):
-    """The composed loss and its weight as LDM computes them: on the graph, by `autograd.grad` at the last layer."""
-    output = forward(vae, images, noise)
-    pixel = l1 if settings.reconstruction == "l1" else l2
-    likelihood = settings.reconstruction_weight * pixel(images, output.reconstructions).mean()
-    if perceptual is not None:
-        likelihood = likelihood + settings.perceptual_weight * perceptual(images, output.reconstructions).mean()
-    loss = likelihood + settings.kl_weight * kl(output.moments).mean()
-    ratio = None
-    if discriminator is not None:
-        adversarial = hinge_generator(discriminator(output.reconstructions)).mean()
-        last = vae.decoder.conv_out.weight
-        (of_likelihood,) = torch.autograd.grad(likelihood, last, retain_graph=True)
-        (of_adversarial,) = torch.autograd.grad(adversarial, last, retain_graph=True)
-        ratio = of_likelihood.norm() / (of_adversarial.norm() + settings.adaptive_eps)
-        ratio = ratio.clamp(0, settings.adaptive_max).detach()
-        weight = settings.adversarial_weight * (ratio if settings.adversarial_balance == "adaptive" else 1)
-        loss = loss + weight * adversarial
-    return loss, ratio
+from tests.losses.networks import (
+    SIZE,
+    SMALL,
+    autoencoder,
+    batch,
+    config,
+    critic,
+    forward,
+    generator_loss,
+    gradients,
+    plain_loss,
+)
 
 
 @pytest.mark.parametrize(

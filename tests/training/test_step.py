@@ -3,7 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from latentvae.keyed import keyed_noise
+from latentvae.losses.likelihood import LearnedLogvar
 from latentvae.model.autoencoder import AutoencoderKL
+from latentvae.training.perturbation import Transform, draw_latent_noise
 from latentvae.training.step import AutoencoderStep
 
 
@@ -57,17 +59,16 @@ def test_moments_are_float32_under_autocast():
     assert output.moments.dtype == torch.float32 and output.reconstructions.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("train_encoder", [True, False])
-def test_every_trainable_parameter_moves_and_every_frozen_one_stays(train_encoder):
+@pytest.mark.parametrize("frozen", [(), ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv."), ("encoder.",)])
+def test_every_trainable_parameter_moves_and_every_frozen_one_stays(frozen):
     vae = autoencoder()
-    frozen = () if train_encoder else ("encoder.", "quant_conv.")
     for name, parameter in vae.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen) if frozen else True)
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=1e-3)
     images, noise = batch()
-    output = AutoencoderStep(vae, train_encoder)(images, noise)
-    assert output.moments.requires_grad == train_encoder
+    output = AutoencoderStep(vae)(images, noise)
+    assert output.moments.requires_grad == ("quant_conv." not in frozen)
     F.l1_loss(output.reconstructions, images).backward()
     optimizer.step()
     for name, parameter in vae.named_parameters():
@@ -76,15 +77,49 @@ def test_every_trainable_parameter_moves_and_every_frozen_one_stays(train_encode
         assert (parameter.grad is None) == (not parameter.requires_grad), name
 
 
-def test_a_frozen_encoder_keeps_no_activations():
-    vae, (images, noise) = autoencoder(), batch()
+def num_kept(vae, images, noise):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         AutoencoderStep(vae)(images, noise)
-        whole = len(kept)
-        kept.clear()
-        AutoencoderStep(vae, train_encoder=False)(images, noise)
-    assert len(kept) < 0.6 * whole
+    return len(kept)
+
+
+def test_a_frozen_encoder_keeps_no_activations_and_is_seen_at_each_call():
+    vae, (images, noise) = autoencoder(), batch()
+    whole = num_kept(vae, images, noise)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    assert num_kept(vae, images, noise) < 0.6 * whole
+    modes = []
+    vae.encoder.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    assert not AutoencoderStep(vae)(images, noise).moments.requires_grad
+    vae.quant_conv.requires_grad_(True)
+    assert AutoencoderStep(vae)(images, noise).moments.requires_grad
+    assert modes == [False, True]  # without, gradient checkpointing has nothing to do in it
+
+
+def test_the_decoder_gets_the_sample_turned_and_then_mixed_with_noise():
+    vae = autoencoder(torch.float64)
+    images, noise = batch(torch.float64)
+    transform = Transform(scale=16, turns=1)
+    mixed = draw_latent_noise(2.0, (4, 4, 4), seed=0, positions=[5, 6])
+    output = AutoencoderStep(vae)(images, noise, transform, mixed)
+    distribution = vae.encode(images).latent_dist
+    latents = transform.latents(distribution.mean + distribution.std * noise.double())
+    share = mixed.share.double().view(2, 1, 1, 1)
+    expected = vae.decode((1 - share) * latents + mixed.noise.double()).sample
+    torch.testing.assert_close(output.reconstructions, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output.moments, vae.moments(images), rtol=1e-12, atol=1e-12)
+    assert output.reconstructions.shape == (2, 3, 8, 8)
+
+
+def test_the_log_variance_of_the_likelihood_comes_with_its_gradient():
+    images, noise = batch()
+    likelihood = LearnedLogvar()
+    assert AutoencoderStep(autoencoder())(images, noise).logvar is None
+    output = AutoencoderStep(autoencoder(), likelihood)(images, noise)
+    output.logvar.backward()
+    assert output.logvar.shape == () and likelihood.logvar.grad == 1
 
 
 def test_no_graph_under_no_grad():

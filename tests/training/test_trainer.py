@@ -168,7 +168,7 @@ def test_sixteen_bit_grayscale_never_becomes_rgb(tmp_path):
     ],
 )
 def test_bad_input_is_told_before_any_work(photographs, tmp_path, monkeypatch, setting, message):
-    monkeypatch.setattr("latentvae.assembly.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("latentvae.recipe.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(UserError, match=message):
         build(tiny_recipe(photographs, setting), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "recipe.yaml").exists()

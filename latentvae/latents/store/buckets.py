@@ -1,8 +1,5 @@
 """Sizes of images in a store: one square, or aspect-ratio buckets of about equal area, and where an image goes."""
 
-import bisect
-import itertools
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -10,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from latentvae.errors import UserError
+from latentvae.images import AspectRatios, sizes_of_area
 from latentvae.latents.store.records import Bucket
 
 SmallPolicy = Literal["skip", "keep", "upscale"]
@@ -56,19 +54,16 @@ class BucketRule:
         return Bucket(width=width, height=height, latent_width=width // factor, latent_height=height // factor)
 
     @cached_property
-    def _limits(self) -> list[float]:
-        """Between neighbouring buckets, in log aspect ratio: the middle."""
-        logs = [math.log(width / height) for width, height in self.sizes]
-        return [(one + other) / 2 for one, other in itertools.pairwise(logs)]
+    def _ratios(self) -> AspectRatios:
+        return AspectRatios(self.sizes)
 
     def nearest(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
         """Index into `buckets` of the nearest aspect ratio (in its logarithm), for many images: (N,) int64."""
-        ratios = [math.log(width / height) for width, height in zip(widths.tolist(), heights.tolist(), strict=True)]
-        return np.array([bisect.bisect_left(self._limits, ratio) for ratio in ratios], np.int64)
+        return self._ratios.nearest_of(widths, heights)
 
     def place(self, width: int, height: int) -> Placement | str:
         """Where an image of width x height goes, or the reason why it is left out."""
-        wide, high = self.sizes[bisect.bisect_left(self._limits, math.log(width / height))]
+        wide, high = self.sizes[self._ratios.nearest(width, height)]
         if wide > width or high > height:
             if self.small == "skip":
                 return (
@@ -116,10 +111,8 @@ def bucket_rule(text: str, downsample_factor: int, size_multiple: int, small: Sm
         step, spec = _SDXL_STEP, text
     else:
         area, step, max_ratio = _parsed(text)
-        sizes, spec = (
-            _sizes_of_area(area, step, max_ratio),
-            f"area={area},step={step},max-ratio={repr(max_ratio).removesuffix('.0')}",
-        )
+        sizes = set(sizes_of_area(area, step, max_ratio))
+        spec = f"area={area},step={step},max-ratio={repr(max_ratio).removesuffix('.0')}"
     if step % size_multiple:
         raise UserError(f"--buckets has a step of {step} pixels; this model takes multiples of {size_multiple}")
     ordered = tuple(sorted(sizes, key=lambda size: (size[0] / size[1], size)))
@@ -143,12 +136,3 @@ def _parsed(text: str) -> tuple[int, int, float]:
     if step < 1 or area < step * step or not 1 <= max_ratio <= 100:
         raise UserError(f"--buckets {text!r}: the area must hold a square of one step, and max-ratio be 1 to 100")
     return area, step, max_ratio
-
-
-def _sizes_of_area(area: int, step: int, max_ratio: float) -> set[tuple[int, int]]:
-    sizes = set()
-    for long in range(step, int(math.sqrt(area * max_ratio)) + 1, step):
-        short = area // long // step * step
-        if short and max(long / short, short / long) <= max_ratio:
-            sizes |= {(long, short), (short, long)}
-    return sizes

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentvae import export
 from latentvae.checkpoint import load_model, model_hashes, save_model
 from latentvae.errors import UserError
-from latentvae.export import DTYPES, ExportError, export_model
+from latentvae.export import DTYPES, ExportError, diffusers_folder, export_model
 from latentvae.images import PixelFormat
 from latentvae.model.autoencoder import AutoencoderKL
 
@@ -151,7 +150,7 @@ def test_a_folder_that_does_not_reproduce_the_model_is_not_left_behind(vae, tmp_
             plain.decoder.conv_act = torch.nn.GELU()
         return plain
 
-    monkeypatch.setattr(export.diffusers.AutoencoderKL, "from_pretrained", broken)
+    monkeypatch.setattr(diffusers_folder.diffusers.AutoencoderKL, "from_pretrained", broken)
     with pytest.raises(ExportError):
         export_model(vae, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -175,7 +174,7 @@ def test_push_to_hub_uploads_the_finished_folder(vae, tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path):
             calls.append((repo_id, sorted(file.name for file in folder_path.iterdir())))
 
-    monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(diffusers_folder, "HfApi", Hub)
     export_model(vae, tmp_path / "out", push_to_hub="me/vae")
     assert calls == ["me/vae", ("me/vae", ["README.md", "config.json", "diffusion_pytorch_model.safetensors"])]
 
@@ -184,6 +183,6 @@ def test_push_to_hub_offline_keeps_the_folder(vae, tmp_path, monkeypatch):
     def unreachable(self, *args, **kwargs):
         raise ConnectionError("no route to host\nand more")
 
-    monkeypatch.setattr(export.HfApi, "create_repo", unreachable)
+    monkeypatch.setattr(diffusers_folder.HfApi, "create_repo", unreachable)
     refused("is written, but not uploaded to me/vae: no route to host", vae, tmp_path / "out", push_to_hub="me/vae")
     assert load_model(tmp_path / "out")
