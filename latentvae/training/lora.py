@@ -59,7 +59,7 @@ def add_lora(vae: AutoencoderKL, config: LoRAConfig, seed: int) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise UserError("training.lora needs the package peft: pip install peft") from error
+        raise UserError("training.lora needs the package peft: pip install 'latentvae[lora]'") from error
     alpha = float(config.rank) if config.alpha is None else config.alpha
     settings: dict[str, Any] = {"r": config.rank, "lora_alpha": alpha}
     # One expression for all: peft shortens long lists of names to what they end with.
