@@ -29,8 +29,11 @@ def describe(recipe: Recipe) -> str:
     return "\n".join([dump_yaml(recipe.model_copy(update={"loss": loss})), *summarize(recipe, vae), *images])
 
 
-def summarize(recipe: Recipe, vae: AutoencoderKL) -> list[str]:
-    """Sizes, batches, disk, the memory that is certain, and the weights also in LDM's units: a line each."""
+def summarize(recipe: Recipe, vae: AutoencoderKL, micro_batch_size: int | None = None) -> list[str]:
+    """Sizes, batches, disk, the memory that is certain, and the weights also in LDM's units: a line each.
+
+    `micro_batch_size`: what `auto` came to; None where it was not measured yet.
+    """
     config = recipe.training
     loss = recipe.loss.resolved(config.total_images)
     sizes = {"encoder": _count(vae.encoder), "decoder": _count(vae.decoder)}
@@ -39,7 +42,11 @@ def summarize(recipe: Recipe, vae: AutoencoderKL) -> list[str]:
     if critic is not None:
         sizes["discriminator"] = _count(critic)
     local = processes()
-    micro_batch, accumulation = config.accumulation(local.num_processes)
+    is_open = config.micro_batch_size == "auto" and micro_batch_size is None
+    micro_batch, accumulation = config.accumulation(local.num_processes, 1 if is_open else micro_batch_size)
+    forwards = f"{accumulation} forwards x {micro_batch} images"
+    if is_open:
+        forwards = "as many forwards as the memory asks for (micro_batch_size is auto: measured when the run starts)"
     width = 8 if config.parameter_dtype == "float64" else 4
     total = _count(vae) + sizes.get("discriminator", 0)
     frozen = 0
@@ -62,8 +69,7 @@ def summarize(recipe: Recipe, vae: AutoencoderKL) -> list[str]:
     lines = [
         f"model       {', '.join(f'{name} {count / 1e6:.2f} M' for name, count in sizes.items())} parameters; "
         f"f{factor}c{latents}, {ratio:.0f} times fewer latent values than pixel values",
-        f"batch       {config.global_batch_size} images a step = {local.num_processes} processes x {accumulation} "
-        f"forwards x {micro_batch} images",
+        f"batch       {config.global_batch_size} images a step = {local.num_processes} processes x {forwards}",
         f"length      {config.total_images} images = {steps} steps"
         + (f", or {config.max_minutes:g} minutes" if config.max_minutes else ""),
         f"precision   {resolve_precision(config, local.device)} autocast, {config.parameter_dtype} weights",

@@ -56,10 +56,11 @@ def test_recipes_and_fields_exist(words):
 def test_settings_in_the_text_exist():
     from latentvae.recipe import load_recipe
 
-    overrides = re.findall(r"`--set (\w+\.\w+=[^`]+)`", README)
-    overrides.remove("section.field=value")  # the form, not a field
-    assert overrides
-    load_recipe(None, overrides)
+    settings = [shlex.split(text)[1] for text in re.findall(r"`(--set [^`]+)`", README)]
+    settings.remove("section.field=value")  # the form, not a field
+    assert any("conv_out" in setting for setting in settings)  # in quotes for the shell, and for YAML in these
+    for setting in settings:
+        load_recipe(None, [setting])
 
 
 def test_recipes_runs(capsys):

@@ -97,7 +97,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must lie in [0, 1)")
         if self.lora is not None and self.trainable != "all":
-            raise ValueError("lora says what trains: leave trainable out")
+            raise ValueError("lora says what trains beside a frozen model: set training.trainable=all, or no lora")
         return self
 
     def accumulation(self, num_processes: int, limit: int | None = None) -> tuple[int, int]:

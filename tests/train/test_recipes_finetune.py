@@ -2,6 +2,7 @@
 
 import pytest
 
+from latentvae import cli
 from latentvae.assembly import build
 from latentvae.checkpoint import load_model, save_model
 from latentvae.errors import UserError
@@ -101,3 +102,17 @@ def test_it_trains_a_tiny_model(photographs, lpips_home, tmp_path, name):
     expected = {"decoder", "post_quant_conv"} | ({"encoder", "quant_conv"} if name == "finetune_eq" else set())
     assert parts == expected and new.config.scaling_factor == 0.18215
     assert result.metrics["lpips"] > 0
+
+
+def test_the_command_tells_how_many_images_a_forward_takes(photographs, tmp_path, capsys, caplog):
+    """Before the run that is not known yet, where micro_batch_size is auto."""
+    settings = [*SMALL, "loss.perceptual=none", "training.best_metric=psnr", "training.total_images=4"]
+    settings += ["training.micro_batch_size=auto", f"model.start_from={tiny_start(tmp_path)}"]
+    command = ["train", "--recipe", "finetune_small", "--out", str(tmp_path / "run"), "--set"]
+    command += " --set ".join([*settings, f"data.source={photographs}"]).split(" ")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command, "--dry-run"])
+    assert "measured when the run starts" in capsys.readouterr().out
+    with caplog.at_level("INFO", "latentvae"), pytest.raises(SystemExit, match="0"):
+        cli.main(command)
+    assert "4 images a step = 1 processes x 1 forwards x 4 images" in caplog.text
