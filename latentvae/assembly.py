@@ -4,7 +4,7 @@ import logging
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from latentvae.data import (
     UnreadableImages,
     image_sizes,
     open_source,
+    plan_summary,
     split_by_key,
     training_batches,
     validation_batches,
@@ -51,6 +52,7 @@ from latentvae.training.trainer import Trainer
 from latentvae.training.validation import ValidationResult, validate
 
 logger = logging.getLogger("latentvae")
+FindingT = TypeVar("FindingT")
 
 SUPPORTED_STRATEGIES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 REFUSED_STRATEGIES = {  # what `accelerate launch` sets => what it was configured for
@@ -74,6 +76,8 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
     require_given(recipe)
     refuse_strategies()
     local = processes()
+    if (other := _agreed(run.other_trainer())) is not None:
+        raise UserError(f"process {other} is training in {run.path}: wait until it has ended, or choose another --out")
     checkpoint = _agreed(run.find_checkpoint(resume))
     state = read_state(checkpoint) if checkpoint is not None else {}
     micro_batch = _micro_batch(config, local.num_processes, state)
@@ -94,8 +98,11 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
     if accelerator.distributed_type not in SUPPORTED_STRATEGIES:
         raise _unsupported(accelerator.distributed_type.value)
     channels = vae.config.in_channels
-    images = _open_images(recipe, channels)
+    images = open_images(recipe, channels)
     sizes = _image_sizes(recipe.data, images.training, accelerator)
+    if accelerator.is_main_process:
+        for line in images.summary(recipe, sizes):
+            logger.info(line)
 
     loss = _resolved_loss(recipe, state)
     scaling = LatentScaling.from_config(vae.config)
@@ -113,7 +120,7 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
     settings = resolved.model_dump(mode="json")
     accelerator.wait_for_everyone()  # every process has looked at the folder before the first one writes to it
     if accelerator.is_main_process:
-        run.begin(dump_yaml(resolved))
+        run.prepare()
 
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
 
@@ -182,6 +189,8 @@ def build(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, 
         micro_batch, accelerator.gradient_accumulation_steps = config.accumulation(accelerator.num_processes, limit)
         logger.info("training.micro_batch_size auto: %d images fit into a forward", micro_batch)
     trainer.micro_batch = {"num_processes": accelerator.num_processes, "size": micro_batch}
+    if accelerator.is_main_process:
+        run.begin(dump_yaml(resolved))  # not before: what is refused must not replace the recipe of the run
     return trainer
 
 
@@ -190,7 +199,8 @@ def _micro_batch(config: TrainingConfig, num_processes: int, state: dict[str, An
     limit = None
     if config.micro_batch_size == "auto":
         before = state.get("micro_batch") or {}
-        if before.get("num_processes") != num_processes:
+        was_measured = bool(state) and state["recipe"]["training"]["micro_batch_size"] == "auto"
+        if not was_measured or before.get("num_processes") != num_processes:
             config.accumulation(num_processes, 1)  # refuses what does not divide
             return None
         limit = before["size"]
@@ -203,14 +213,15 @@ def _resolved_loss(recipe: Recipe, state: dict[str, Any]) -> LossConfig:
     if state:
         saved = state["recipe"]["loss"]
         kept = {name: saved[name] for name in RESOLVED if getattr(loss, name) is None}
-        if (loss.discriminator_start, loss.adversarial_start) != (None, None):  # one may have been set anew
+        starts = ("discriminator_start", "adversarial_start")
+        if any(getattr(loss, name) not in (None, saved[name]) for name in starts):  # set anew: the other follows it
             kept = {name: value for name, value in kept.items() if name.startswith("kl_")}
         loss = loss.model_copy(update=kept)
     return loss.resolved(recipe.training.total_images)
 
 
 @dataclass(frozen=True)
-class _Images:
+class RunImages:
     """The sources of a run; indices None stand for all."""
 
     pixels: PixelFormat
@@ -219,16 +230,24 @@ class _Images:
     validation: ImageSource
     validation_indices: list[int]
 
+    def summary(self, recipe: Recipe, sizes: np.ndarray | None = None) -> list[str]:
+        """What is trained on, a line each; `sizes` as for `plan_summary`."""
+        batch = recipe.training.global_batch_size
+        return plan_summary(
+            recipe.data, self.training, indices=self.training_indices, global_batch_size=batch, sizes=sizes
+        )
 
-def _open_images(recipe: Recipe, channels: int) -> _Images:
+
+def open_images(recipe: Recipe, channels: int) -> RunImages:
+    """Everything that a run reads images from, listed. Raises UserError where it cannot be."""
     pixels, limit = recipe.data.pixels(channels), recipe.validation.max_images
     training = recipe.data.open(pixels)
     if recipe.validation.source is not None:
         validation = open_source(recipe.validation.source, pixels, recipe.data.policy)
         validation.entries()  # what is wrong with it is told before a run begins
-        return _Images(pixels, training, None, validation, validation_indices(validation, None, limit))
+        return RunImages(pixels, training, None, validation, validation_indices(validation, None, limit))
     if not recipe.validation.fraction:  # nothing is held out: progress is watched on training images
-        return _Images(pixels, training, None, training, validation_indices(training, None, limit))
+        return RunImages(pixels, training, None, training, validation_indices(training, None, limit))
     keys = training.entries().keys
     kept, held_out = split_by_key(keys, recipe.validation.fraction)
     if not held_out and len(kept) > 1:  # a small set gives one image
@@ -240,7 +259,7 @@ def _open_images(recipe: Recipe, channels: int) -> _Images:
             f"on and {len(held_out)} to validate on: give validation.source, another fraction, or 0 to validate on "
             "training images"
         )
-    return _Images(pixels, training, kept, training, validation_indices(training, held_out, limit))
+    return RunImages(pixels, training, kept, training, validation_indices(training, held_out, limit))
 
 
 def _image_sizes(data: DataConfig, source: ImageSource, accelerator: Accelerator) -> np.ndarray | None:
@@ -255,9 +274,9 @@ def _image_sizes(data: DataConfig, source: ImageSource, accelerator: Accelerator
     return np.concatenate(gather_object([part]))
 
 
-def _agreed(checkpoint: Path | None) -> Path | None:
+def _agreed(finding: FindingT) -> FindingT:
     """What the first process found: another node may look at a shared folder as it was a moment ago."""
-    found = [checkpoint]
+    found = [finding]
     if PartialState().num_processes > 1:
         broadcast_object_list(found)
     return found[0]

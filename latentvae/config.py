@@ -108,8 +108,8 @@ def _override(values: dict[str, Any], text: str) -> str:
         value = yaml.load(written, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(
-            f"--set {text}: the value is not valid YAML ({one_line(error)}); quote it: '\"...\"', or \"'...'\" where it "
-            "has backslashes"
+            f"--set {text}: the value is not valid YAML ({one_line(error)}); quote it: '\"...\"', "
+            "or \"'...'\" where it has backslashes"
         ) from error
     for depth, part in enumerate(parts[:-1], start=1):
         if values.get(part) is None:

@@ -5,14 +5,15 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from latentvae.assembly import processes
+from latentvae.assembly import open_images, processes
 from latentvae.config import dump_yaml
-from latentvae.data import plan_summary
 from latentvae.losses.discriminator import PatchDiscriminator
 from latentvae.losses.extra import load_terms
 from latentvae.losses.terms import LossWeights, to_ldm_units
 from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.recipe import Recipe, check, make_model, require_given
+from latentvae.training.networks import select
+from latentvae.training.phases import check_phases
 from latentvae.training.precision import resolve_precision
 
 
@@ -24,15 +25,16 @@ def describe(recipe: Recipe) -> str:
     check(recipe, vae)
     load_terms(recipe.loss.extra)  # refuses what cannot be one
     loss = recipe.loss.resolved(recipe.training.total_images)
-    source = recipe.data.open(recipe.data.pixels(vae.config.in_channels))
-    images = plan_summary(recipe.data, source, global_batch_size=recipe.training.global_batch_size)
+    select(vae, recipe.training)  # as the next, it refuses what a run would refuse
+    check_phases(recipe.training, loss, vae)
+    images = open_images(recipe, vae.config.in_channels).summary(recipe)
     return "\n".join([dump_yaml(recipe.model_copy(update={"loss": loss})), *summarize(recipe, vae), *images])
 
 
 def summarize(recipe: Recipe, vae: AutoencoderKL, micro_batch_size: int | None = None) -> list[str]:
     """Sizes, batches, disk, the memory that is certain, and the weights also in LDM's units: a line each.
 
-    `micro_batch_size`: what `auto` came to; None where it was not measured yet.
+    The model knows what of it trains. `micro_batch_size`: what `auto` came to; None where it was not measured yet.
     """
     config = recipe.training
     loss = recipe.loss.resolved(config.total_images)
@@ -49,12 +51,10 @@ def summarize(recipe: Recipe, vae: AutoencoderKL, micro_batch_size: int | None =
         forwards = "as many forwards as the memory asks for (micro_batch_size is auto: measured when the run starts)"
     width = 8 if config.parameter_dtype == "float64" else 4
     total = _count(vae) + sizes.get("discriminator", 0)
-    frozen = 0
-    if config.trainable == "decoder":
-        frozen = sizes["encoder"] + (_count(vae.quant_conv) if vae.quant_conv is not None else 0)
+    trained = sum(p.numel() for p in vae.parameters() if p.requires_grad) + sizes.get("discriminator", 0)
     average = _count(vae) if config.ema_decay else 0
-    state = width * (total + 3 * (total - frozen) + average)  # weights, gradients and AdamW's two moments; the average
-    checkpoint = width * (total + 2 * (total - frozen) + average)
+    state = width * (total + 3 * trained + average)  # weights, gradients and AdamW's two moments; the average
+    checkpoint = width * (total + 2 * trained + average)
     factor, latents = vae.downsample_factor, vae.config.latent_channels
     side = recipe.data.resolution / factor
     ratio = recipe.data.resolution**2 * vae.config.in_channels / (side**2 * latents)

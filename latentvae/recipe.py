@@ -93,6 +93,11 @@ def check(recipe: Recipe, vae: AutoencoderKL) -> None:
             smallest_scale(loss, latent_side=min(size) // factor, downsample_factor=factor)  # refuses what is too small
     if config.posterior_sigma is not None and config.lora is not None:
         raise UserError("training.lora would move the sigma that training.posterior_sigma sets: leave one of them out")
+    if config.posterior_sigma is not None and config.trainable == "decoder":
+        raise UserError(
+            "training.posterior_sigma changes quant_conv or the encoder, which training.trainable=decoder freezes: "
+            "leave one of them out"
+        )
     if config.best_metric == "lpips" and not loss.has_perceptual:
         raise UserError("training.best_metric is lpips, which needs loss.perceptual: set that, or choose psnr or none")
     if recipe.model.start_from is None:

@@ -250,6 +250,15 @@ def test_dry_run_does_nothing_but_tell(capsys, tmp_path, photographs, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_knows_which_images_are_held_out(capsys, photographs, fails):
+    arguments = ["train", "--recipe", "smoke_cpu", "--set", f"data.source={photographs}", "--dry-run"]
+    assert run(*arguments, "--set", "validation.fraction=0") == 0
+    assert "12 an epoch" in capsys.readouterr().out
+    assert run(*arguments, "--set", "validation.fraction=0.5") == 0
+    assert "12 an epoch" not in capsys.readouterr().out
+    assert "nowhere" in fails(*arguments, "--set", "validation.source=nowhere")
+
+
 def test_encode_verify_info_decode_export(capsys, tmp_path, photographs, model_folder):
     store, decoded, exported = tmp_path / "store", tmp_path / "decoded", tmp_path / "exported"
     options = ("--resolution", "64", "--num-workers", "0", "--batch-size", "4", "--device", "cpu")

@@ -32,7 +32,9 @@ def test_every_import_is_a_dependency():
 
     packages = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image", "pydantic_core": "pydantic"}
     always = {name_of(requirement) for requirement in PROJECT["project"]["dependencies"]} | {"latentvae"}
-    inside = always | {name_of(requirement) for extra in ("data", "demo", "lora", "ray") for requirement in EXTRAS[extra]}
+    inside = always | {
+        name_of(requirement) for extra in ("data", "demo", "lora", "ray") for requirement in EXTRAS[extra]
+    }
     for path in (ROOT / "latentvae").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):

@@ -37,6 +37,11 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 conf="join_timeout=${JOIN_SECONDS:-1800},keep_alive_interval=2,keep_alive_max_attempt=5,read_timeout=300"
 options=()
 master="$(getent ahosts "${MASTER%:*}" | awk '{ print $1; exit }')"
+if [[ "$master" == 127.* && "$master" != "${MASTER%:*}" && "${MASTER%:*}" != localhost ]]; then
+    # A host's own name, which some systems give to loopback: this is that node, and no other reaches it there.
+    master="${NODE_ADDRESS:-$(hostname -I | awk '{ print $1 }')}"
+    NODE_ADDRESS="$master"
+fi
 if command -v ip >/dev/null && [ -n "$master" ]; then
     NODE_ADDRESS="${NODE_ADDRESS:-$(ip -o route get "$master" | sed -n 's/.* src \([^ ]*\).*/\1/p')}"
     interface="$(ip -o addr | awk -v address="$NODE_ADDRESS" 'index($4, address "/") == 1 { print $2; exit }')"

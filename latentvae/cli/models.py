@@ -54,7 +54,8 @@ def train(
         return
     folder = out if out is not None else Path("runs") / Path(recipe).stem
     trainer = build(loaded, folder, resume=resume)
-    for line in summarize(loaded, trainer.vae, trainer.micro_batch.get("size")):
+    begun = loaded.model_copy(update={"loss": trainer.updater.objective.config})  # a continued run keeps its phases
+    for line in summarize(begun, trainer.vae, trainer.micro_batch.get("size")):
         logger.info(line)
     result = trainer.train()
     if not is_main_process():

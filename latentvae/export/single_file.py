@@ -34,7 +34,7 @@ from latentvae.export.report import SingleFileReport
 from latentvae.export.single_file_proof import check_bytes, loaded_back
 from latentvae.files import TEMPORARY_MARK, atomic_file
 from latentvae.model.autoencoder import AutoencoderKL
-from latentvae.model.ldm_layout import ldm_name, ldm_tensors
+from latentvae.model.ldm_layout import ldm_name, ldm_tensors, shape_text
 from latentvae.model.single_file import LDM_GROUPS, autoencoder_tensors, recognised_family
 
 _SHORT = {dtype: name for name, dtype in DTYPES.items()}
@@ -194,8 +194,8 @@ def _fitted(vae: AutoencoderKL, source: SafetensorsFile, dtype: torch.dtype | No
         there = source.tensors[name]
         if there.shape != shape:
             raise UserError(
-                f"{source.path} holds another autoencoder: {name} is {'x'.join(map(str, there.shape))} there and "
-                f"{'x'.join(map(str, shape))} in the model"
+                f"{source.path} holds another autoencoder: {name} is {shape_text(there.shape)} there and "
+                f"{shape_text(shape)} in the model"
             )
         if dtype is None and there.dtype not in HEADER_DTYPES:
             raise UserError(f"{source.path}: {name} is of type {there.dtype}: pass --dtype fp32, fp16 or bf16")

@@ -159,15 +159,18 @@ def check_shapes(
     prefix = next((whole.removesuffix(name) for name, whole in shown.items()), "")
     for name, (theirs, shape) in wanted.items():
         if name not in found:
-            raise UserError(f"{source} lacks {prefix}{name if is_ldm else theirs}, of shape {_text(shape)}")
+            raise UserError(f"{source} lacks {prefix}{name if is_ldm else theirs}, of shape {shape_text(shape)}")
         there = tuple(shapes[found[name]])
         if there != shape and not (there == (*shape, 1, 1) and _is_matrix(theirs, len(shape))):
-            raise UserError(f"{source}: {shown[found[name]]} is of shape {_text(there)}, and {_text(shape)} is needed")
+            raise UserError(
+                f"{source}: {shown[found[name]]} is of shape {shape_text(there)}, and {shape_text(shape)} is needed"
+            )
     surplus = sorted(shown[theirs] for name, theirs in found.items() if name not in wanted)
     if surplus:
         more = "" if len(surplus) == 1 else f" and {len(surplus) - 1} more"
         raise UserError(f"{source} has {surplus[0]}{more}, which no AutoencoderKL of its shape has")
 
 
-def _text(shape: Sequence[int]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
+    """For messages: 64x3x3x3."""
     return "x".join(map(str, shape)) or "one number"

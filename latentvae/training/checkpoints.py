@@ -120,6 +120,8 @@ def load_checkpoint(
             named = network.module.named_parameters()
             load_optimizer_tensors(network.optimizer, named, tensors, state["optimizers"][name])
         if ema is not None:
+            if not (folder / "ema").is_dir():
+                raise UserError(f"{folder} holds no average of the weights: resume with training.ema_decay=0")
             if has_adapter(vae):
                 averages = dict(vae.named_parameters()) | load_file(folder / ADAPTER_AVERAGE_FILE)
             else:
@@ -161,7 +163,14 @@ def _load_weights(folder: Path, vae: AutoencoderKL) -> None:
 def compare_settings(folder: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
     """Say what changed in the recipe since a checkpoint was made; UserError where it is of another model."""
     changed = sorted(changes(state["recipe"], settings))
-    architecture = [line for line in changed if line.startswith("model.")]
+    of_model = (
+        "model.",
+        "training.posterior_sigma:",
+    )  # the sigma lies in weights, which the checkpoint would bring back
+    # Where a starting model lies may change: `StartingModel.require_same` asks whether it is the same.
+    is_tuned = all(recipe["model"].get("start_from") is not None for recipe in (state["recipe"], settings))
+    where = ("model.start_from:", "model.subfolder:", "model.revision:", "model.variant:") if is_tuned else ()
+    architecture = [line for line in changed if line.startswith(of_model) and not line.startswith(where)]
     if architecture:
         raise UserError(f"{folder} was made with another model: {'; '.join(architecture)}; use another --out")
     for line in changed:

@@ -51,6 +51,7 @@ class Panel:
 PANELS = (
     Panel("Validation PSNR (dB)", {"": "validation_psnr"}, GREEN, is_log=False),
     Panel("Validation LPIPS", {"": "validation_lpips"}, GREEN, is_log=False),
+    Panel("Validation equivariance error", {"": "validation_equivariance_error"}, GREEN),
     Panel("Reconstruction loss", {"": "reconstruction"}, BLUE),
     Panel("Perceptual loss (LPIPS)", {"": "perceptual"}, BLUE),
     Panel("SSIM loss", {"": "ssim"}, BLUE),
@@ -111,7 +112,8 @@ def draw_run(run: RunDirectory) -> "Figure":
         wspace=LEFT / PLOT[0],
         hspace=(ABOVE + BELOW) / PLOT[1],
     )
-    figure.text(0.012, 1 - 0.24 / height, _heading(run, rows, settings), va="center", fontsize=11, color=DARK)
+    title = _heading(run, rows, settings)  # a path in it may have dollar signs
+    figure.text(0.012, 1 - 0.24 / height, title, va="center", fontsize=11, color=DARK, parse_math=False)
     figure.text(0.012, 1 - 0.52 / height, _legend(changes, resumes), va="center", fontsize=8.5, color="#666666")
     if not panels:
         figure.text(0.5, 0.45, "nothing is logged yet", ha="center", fontsize=12, color=GRAY)
@@ -128,7 +130,8 @@ def draw_run(run: RunDirectory) -> "Figure":
 
 
 def _heading(run: RunDirectory, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    model, total = settings.get("model") or {}, (settings.get("training") or {}).get("total_images")
+    model, training = settings.get("model") or {}, settings.get("training") or {}
+    total = None if training.get("max_minutes") else training.get("total_images")  # a bound that time seldom allows
     name = f"{run.path.resolve().name}   \N{MIDDLE DOT}   {model.get('start_from') or model.get('preset') or 'model'}"
     seen = max((row["images_seen"] for row in rows), default=0)
     return f"{name}   \N{MIDDLE DOT}   " + (progress_line(seen, total, 0.0) if total else f"{seen:,} images")
@@ -159,13 +162,17 @@ def _style(ax: "Axes", title: str, *, is_lowest: bool) -> None:
 def _marks(ax: "Axes", changes: Sequence[Change], resumes: Sequence[int]) -> None:
     """Numbered dashed lines where the recipe changes something, triangles where the run was resumed."""
     top = ax.get_xaxis_transform()  # images across, the height of the panel up
+    numbers: dict[int, list[str]] = {}  # of one mark: several things may change at once
     for number, change in enumerate(changes, start=1):
-        ax.axvline(change.images, color="#b0b0b0", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        bubble = {"boxstyle": "circle,pad=0.22", "facecolor": "white", "edgecolor": "#b0b0b0", "linewidth": 0.7}
+        numbers.setdefault(change.images, []).append(str(number))
+    for images, own in numbers.items():
+        ax.axvline(images, color="#b0b0b0", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        shape = "circle,pad=0.22" if len(own) == 1 else "round,pad=0.3"
+        bubble = {"boxstyle": shape, "facecolor": "white", "edgecolor": "#b0b0b0", "linewidth": 0.7}
         ax.text(
-            change.images,
+            images,
             0.985,
-            str(number),
+            " ".join(own),
             transform=top,
             fontsize=6,
             color="#666666",

@@ -8,23 +8,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from latentvae.errors import UserError, one_line
 from latentvae.training.monitor import CollapseMonitor
-from latentvae.training.run_dir import STATE_FILE, RunDirectory, damage, saved_metrics
+from latentvae.training.run_dir import STATE_FILE, RunDirectory, damage, is_alive, saved_metrics
 from latentvae.training.wording import changes_planned, duration, main_figures, progress_line, short_images, size
 
 SILENT_SECONDS = 3600  # on another machine, after which a run that says it is running is doubted
 VALIDATION = "validation_"
 _START = ("start_from", "subfolder", "revision", "variant")
-NAMES = {"psnr": "PSNR {:.2f} dB", "lpips": "LPIPS {:.4f}", "active_channels": "{:.0f} active channels"}
+NAMES = {
+    "psnr": "PSNR {:.2f} dB",
+    "lpips": "LPIPS {:.4f}",
+    "equivariance_error": "equivariance error {:.4f}",
+    "active_channels": "{:.0f} active channels",
+}
 FILES = (  # name, what it is for
     ("recipe", "the whole recipe"),
     ("log", "what the run said"),
     ("metrics", "its figures"),
     ("curves", "its figures as a picture"),
     ("samples", "originals above reconstructions"),
+    ("drift", "how far fine-tuning moved the latents"),
     ("unreadable", "files that could not be used"),
 )
 
@@ -34,7 +38,7 @@ def describe_run(folder: Path) -> dict[str, str]:
     run = RunDirectory(folder)
     settings, metrics = run.settings(), run.read_metrics()
     training = settings.get("training") or {}
-    images_seen, status = _images_seen(run, metrics), _status(run)
+    images_seen, status = _images_seen(run, metrics), run.read_status()
     state = _state(run, status, is_whole=images_seen >= training.get("total_images", 0))
     is_over = state.startswith("finished")
     rows = {"what": f"training run, {state}", "trains": _trained(settings), "data": _data(settings)}
@@ -85,19 +89,10 @@ def describe_checkpoint(folder: Path) -> dict[str, str]:
             rows[name] = f"{folder / name} ({what}, a diffusers folder, {size(_bytes(folder / name))})"
     others = sorted(path for path in folder.glob("*.safetensors"))
     rows["beside it"] = ", ".join(f"{path.name} ({size(path.stat().st_size)})" for path in others) or "nothing"
-    run = folder.resolve().parents[1]
+    run = folder.resolve().parent.parent
     if (run / "recipe.yaml").is_file():
         rows["continue with"] = f"latentvae train --recipe {run / 'recipe.yaml'} --out {run} --resume auto"
     return rows
-
-
-def _status(run: RunDirectory) -> dict[str, Any]:
-    """What status.json says; {} of an older run, or of one that never began."""
-    try:
-        status = json.loads(run.status.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
 
 
 def _state(run: RunDirectory, status: Mapping[str, Any], *, is_whole: bool) -> str:
@@ -118,19 +113,12 @@ def _state(run: RunDirectory, status: Mapping[str, Any], *, is_whole: bool) -> s
             return "finished"
         return f"stopped{'' if reason == 'ended' else f' by {reason}'} {ago} ago"
     if host == socket.gethostname():
-        if _is_alive(process, started):
+        if is_alive(process, started):
             return f"running (process {process}, since {status.get('began', 'some time')})"
         return f"killed: process {process} is gone, its last sign {ago} ago"
     silent = _seconds_silent(run)
     doubt = f"no sign of it for {duration(silent)}" if silent > SILENT_SECONDS else f"last sign {duration(silent)} ago"
     return f"running on {host} (process {process}; {doubt})"
-
-
-def _is_alive(process: int, started: float) -> bool:
-    try:
-        return abs(psutil.Process(process).create_time() - started) < 2  # clocks are adjusted; numbers are used again
-    except psutil.Error:
-        return False
 
 
 def _seconds_silent(run: RunDirectory) -> float:
@@ -169,7 +157,8 @@ def _data(settings: Mapping[str, Any]) -> str:
 def _batch(training: Mapping[str, Any]) -> str:
     micro = training.get("micro_batch_size")
     rate = training.get("learning_rate")
-    return f"{training.get('global_batch_size')} images, at most {micro} in one forward; learning rate {rate}"
+    forward = "as many in one forward as fit" if micro == "auto" else f"at most {micro} in one forward"
+    return f"{training.get('global_batch_size')} images, {forward}; learning rate {rate}"
 
 
 def _of_total(images: Any, total: Any) -> str:
@@ -190,7 +179,9 @@ def _progress(
     total = expected or training.get("total_images")
     if not isinstance(total, int):
         return f"{images_seen:,} images"
-    line = progress_line(images_seen, total, rates[-1] if rates and not is_over else 0.0)
+    line = f"{images_seen:,} images"
+    if not is_over or images_seen >= total:  # else its time was up, and the total says nothing
+        line = progress_line(images_seen, total, rates[-1] if rates and not is_over else 0.0)
     if rates:
         line += f", {rates[-1]:.3g} images/s"
     memory = [row["memory_bytes"] for row in metrics if row.get("memory_bytes")]

@@ -14,13 +14,11 @@ from latentvae.training.posterior_sigma import fix_posterior
 from latentvae.training.trainable import select_trainable
 
 
-def trained_modules(
-    vae: AutoencoderKL, discriminator: nn.Module | None, config: TrainingConfig, loss: LossConfig, device: torch.device
-) -> dict[str, nn.Module]:
-    """Bring everything that trains to the device and decide which parameters do; changes the modules given.
+def select(vae: AutoencoderKL, config: TrainingConfig) -> None:
+    """Decide which parameters of a model train, before it is moved; adds what trains beside them.
 
     Raises:
-        UserError: `training.trainable` or `training.lora` does not fit the model.
+        UserError: `training.trainable`, `training.lora` or `training.posterior_sigma` does not fit the model.
     """
     if config.lora is not None:
         add_lora(vae, config.lora, config.seed)
@@ -28,6 +26,13 @@ def trained_modules(
         select_trainable(vae, config.trainable)
     if config.posterior_sigma is not None:
         fix_posterior(vae, config.posterior_sigma)
+
+
+def trained_modules(
+    vae: AutoencoderKL, discriminator: nn.Module | None, config: TrainingConfig, loss: LossConfig, device: torch.device
+) -> dict[str, nn.Module]:
+    """Bring everything that trains to the device and `select` what does; changes the modules given."""
+    select(vae, config)
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     modules: dict[str, nn.Module] = {AUTOENCODER: vae}

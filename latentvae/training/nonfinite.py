@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from latentvae.data.pipeline import Batch
+from latentvae.errors import UserError
 from latentvae.training.optim import nonfinite_terms
 
 SHOWN_KEYS = 5
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """A loss term or a gradient was NaN or infinite; nothing was updated."""
 
 

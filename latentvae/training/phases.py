@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from latentvae.errors import UserError
+from latentvae.losses.config import LossConfig
 from latentvae.losses.objective import Objective
 from latentvae.model.autoencoder import AutoencoderKL
 from latentvae.training.config import TrainingConfig
@@ -37,19 +38,18 @@ def phase_at(config: TrainingConfig, objective: Objective, images_seen: int, *, 
     )
 
 
-def check_phases(config: TrainingConfig, objective: Objective, vae: AutoencoderKL) -> None:
+def check_phases(config: TrainingConfig, loss: LossConfig, vae: AutoencoderKL) -> None:
     """Raise a UserError where a phase would train nothing; which parameters train must be selected by then."""
-    loss = objective.config
     if loss.autoencoder_start > 0 and not loss.has_adversarial:
         raise UserError(
             f"loss.autoencoder_start is {loss.autoencoder_start}, but there is no discriminator to train before it: "
             "set loss.adversarial_weight above 0, or loss.autoencoder_start=0"
         )
     start = loss.discriminator_start or 0
-    if 0 < loss.autoencoder_start <= start:
+    if loss.autoencoder_start > 0 and start > 0:
         raise UserError(
-            f"loss.discriminator_start {start} is not before loss.autoencoder_start {loss.autoencoder_start}, until "
-            "which nothing else trains: set loss.discriminator_start=0"
+            f"nothing trains on the first {min(start, loss.autoencoder_start)} images, since loss.discriminator_start "
+            f"is {start} and loss.autoencoder_start {loss.autoencoder_start}: set loss.discriminator_start=0"
         )
     if config.decoder_only_start is not None:
         before = {id(parameter) for part in encoder_parts(vae) for parameter in part.parameters()}

@@ -10,8 +10,10 @@ RUN/unreadable.csv              files that could not be used, and why
 RUN/samples/<images_seen>.png   originals above reconstructions
 RUN/tensorboard/                and what other trackers write
 RUN/checkpoints/<images_seen>/  everything that resume needs (see checkpoints.py)
+RUN/drift.json                  how far fine-tuning moved the latents, at its end
 RUN/best/                       the model of the best validation so far, a diffusers folder with its metrics.json
 RUN/model/                      the finished model, likewise (the EMA where it is on)
+RUN/drift.json                  of a fine-tune: how far that is from what it started from
 
 Nothing here imports torch until a run begins: `latentvae info` reads the same folder.
 """
@@ -20,12 +22,14 @@ import json
 import os
 import platform
 import shutil
+import socket
 import struct
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import BaseModel
 
 from latentvae.config import load_config
@@ -133,20 +137,36 @@ class RunDirectory:
             return None
         return metrics
 
-    def begin(self, recipe_yaml: str) -> None:
-        """Create the folder, mend what a crash left, and write the recipe and the environment of this start.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+    def prepare(self) -> None:
+        """Create the folder and mend what a crash left; UserError where it cannot be written."""
         check_writable(self.path)
         self.recover()
+
+    def begin(self, recipe_yaml: str) -> None:
+        """`prepare`, and write the recipe and the environment of this start, which make the folder that of a run."""
+        self.prepare()
         write_text(self.recipe, recipe_yaml)
         write_json(self.environment, environment())
 
     def settings(self) -> dict[str, Any]:
         """recipe.yaml as nested dicts, whatever version of the recipe it is; {} where there is none."""
         return load_config(_AnySettings, self.recipe).model_dump() if self.recipe.is_file() else {}
+
+    def read_status(self) -> dict[str, Any]:
+        """What status.json says; {} of an older run, or of one that never began."""
+        try:
+            status = json.loads(self.status.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
+    def other_trainer(self) -> int | None:
+        """The number of another process on this host that trains in this folder now; None where there is none."""
+        status = self.read_status()
+        process, is_here = status.get("process"), status.get("host") == socket.gethostname()
+        if status.get("state") != "running" or not is_here or process in (None, os.getpid()):
+            return None
+        return process if is_alive(process, status.get("process_started", 0.0)) else None
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -180,6 +200,16 @@ def saved_metrics(folder: Path) -> dict[str, float] | None:
     except (OSError, ValueError):
         return None
     return metrics if isinstance(metrics, dict) and "images_seen" in metrics else None
+
+
+def is_alive(process: int, started: float) -> bool:
+    """Whether the process of that number runs, and began then (seconds since the epoch)."""
+    try:
+        found = psutil.Process(process)
+        # clocks are adjusted, and numbers are used again
+        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - started) < 2
+    except psutil.Error:
+        return False
 
 
 def damage(folder: Path) -> str | None:

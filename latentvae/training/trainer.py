@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from latentvae.data.pipeline import Batch, UnreadableImages
@@ -75,6 +76,7 @@ class Trainer:
         self.batches, self.unreadable, self.settings = batches, unreadable, settings
         self.starting, self.resume, self.vae = starting, resume, vae
         self.progress = progress and accelerator.is_main_process
+        self._is_settled = False  # the encoder has its average, for `training.decoder_only_start`
         self.micro_batch: dict[str, int] = {}  # what `training.micro_batch_size` came to, for a resume
         state = read_state(resume) if resume is not None else {}
         self.images_seen: int = state.get("images_seen", 0)
@@ -190,9 +192,10 @@ class Trainer:
 
     def _update(self, micro_batches: list[Batch], *, stop: bool) -> dict[str, Tensor]:
         """One step with its average; where it is not finite, what `training.on_nonfinite` says."""
-        start, step = self.config.decoder_only_start, self.config.global_batch_size
-        if self.ema is not None and start is not None and self.images_seen - step < start <= self.images_seen:
+        start = self.config.decoder_only_start
+        if self.ema is not None and start is not None and self.images_seen >= start and not self._is_settled:
             self.ema.settle(encoder_parts(self.vae))  # the decoder finishes on the encoder that is shipped
+            self._is_settled = True
         try:
             terms = self.updater.update(micro_batches, self.images_seen, stop=stop)
         except NonFiniteLoss as error:
@@ -206,15 +209,18 @@ class Trainer:
 
     def _roll_back(self, error: NonFiniteLoss) -> None:
         """Go back to the weights of the newest checkpoint; the images that led here are not seen again."""
-        found = self.run.all_checkpoints()
+        found = [next(reversed(self.run.all_checkpoints()), self.resume)]
+        broadcast_object_list(found)  # what the first process sees of a shared folder
+        checkpoint = found[0]
         count = self.updater.num_nonfinite = self.updater.num_nonfinite + 1
-        if not found or count > self.config.max_nonfinite:
+        if checkpoint is None or count > self.config.max_nonfinite:
             raise error
-        state, scaler = read_state(found[-1]), self.accelerator.scaler
-        load_checkpoint(found[-1], state, networks=self.networks, ema=self.ema, scaler=scaler)
+        state, scaler = read_state(checkpoint), self.accelerator.scaler
+        load_checkpoint(checkpoint, state, networks=self.networks, ema=self.ema, scaler=scaler)
+        self._is_settled = False  # the checkpoint may be of a time when the encoder still trained
         logger.warning(
             "%s. Back to the weights of %s, and on with the next images (%d of at most %d times)",
-            error, found[-1], count, self.config.max_nonfinite,
+            error, checkpoint, count, self.config.max_nonfinite,
         )  # fmt: skip
 
     def _end(self) -> str | None:
@@ -263,11 +269,14 @@ class Trainer:
             if accelerator.is_main_process:
                 self.run.prune(self.config.keep_checkpoints)  # which a crash may have left undone
             return folder  # nothing was trained since, and a replacement would not be one rename
+        unreadable = gather_object(self.unreadable.items())  # each process knows of its share of the images
         if accelerator.is_main_process:
             save_checkpoint(folder, vae=self.vae, ema=self.ema, networks=self.networks, state=self._state())
             self.run.prune(self.config.keep_checkpoints)
-            if self.unreadable.count:
-                self.unreadable.write_csv(self.run.unreadable)
+            if unreadable:
+                everywhere = UnreadableImages(limit=len(unreadable))
+                everywhere.add(unreadable)
+                everywhere.write_csv(self.run.unreadable)
             logger.info("saved %s", folder)
         accelerator.wait_for_everyone()
         return folder

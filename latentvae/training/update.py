@@ -74,7 +74,7 @@ class Updater:
         self._optimizers = Optimizers(config, networks, accelerator.scaler)
         self._draws = StepDraws(vae, objective.config, config.seed)
         self._encoder = [p for part in encoder_parts(vae) for p in part.parameters() if p.requires_grad]
-        check_phases(config, objective, vae)
+        check_phases(config, objective.config, vae)
         set_tf32(accelerator.device, allowed=config.allow_tf32)
         if config.compile:
             check_compiler(accelerator.device)

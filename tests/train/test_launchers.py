@@ -121,6 +121,34 @@ def test_what_is_not_plain_ddp_is_refused_in_one_line(photographs, tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
+@needs_bash
+@pytest.mark.skipif(shutil.which("ip") is None or shutil.which("setsid") is None, reason="no ip, or no setsid")
+@pytest.mark.parametrize(
+    ("name", "resolved", "given", "local", "is_host"),
+    [
+        ("node0", "127.0.1.1", None, "192.0.2.7", "true"),  # Debian's name for the machine itself
+        ("node0", "127.0.1.1", "198.51.100.7", "198.51.100.7", "true"),
+        ("localhost", "127.0.0.1", None, "127.0.0.1", "true"),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2", "false"),
+    ],
+)
+def test_the_rendezvous_lies_where_other_nodes_reach_it(tmp_path, name, resolved, given, local, is_host):
+    """What torchrun is told where the name of this machine is one of loopback, which no other node reaches."""
+    asked = tmp_path / "asked"
+    stubs = {"getent": f"echo '{resolved} STREAM {name}'", "setsid": f'echo "$@" > {asked}'}
+    stubs["hostname"] = "echo 192.0.2.7 198.51.100.7"
+    for stub, line in stubs.items():
+        (tmp_path / stub).write_text(f"#!/bin/bash\n{line}\n", encoding="utf-8")
+        (tmp_path / stub).chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if key != "NODE_ADDRESS"}
+    environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "NODES": "2", "MASTER": f"{name}:29400"}
+    environment |= {"NODE_ADDRESS": given} if given else {}
+    said = subprocess.run(["bash", NODE, "--out", "RUN"], env=environment, capture_output=True, timeout=60, check=False)
+    assert said.returncode == 0, said.stderr
+    command = asked.read_text()
+    assert f"--local-addr {local} " in command and f"is_host={is_host}" in command, command
+
+
 def start_job(folder, recipe, out, restarts=0):
     """The job's script as SLURM runs it on two nodes of one trainer, which are two addresses of this machine."""
     stubs = folder / "stubs"

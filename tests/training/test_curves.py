@@ -119,3 +119,28 @@ def test_figures_are_written_for_a_reader():
     assert [size(n) for n in (0, 900, 1536, 3.2 * 2**30)] == ["0 bytes", "900 bytes", "1.5 KiB", "3.2 GiB"]
     assert progress_line(50, 100, 0.5) == "50 of 100 images (50.0%), 2 min left"
     assert progress_line(100, 100, 0.5) == "100 of 100 images (100.0%)"
+
+
+def test_changes_at_one_time_share_a_mark(run):
+    """The recipe finetune_eq lets the autoencoder train and feel the discriminator from the same image on."""
+    settings = SETTINGS | {"loss": SETTINGS["loss"] | {"autoencoder_start": 400}}
+    run.begin(json.dumps(settings))
+    for images in (8, 800):
+        run.append_metrics({"images_seen": images, "validation_equivariance_error": 0.1})
+    figure = draw_run(run)
+    assert titles(figure) == ["Validation equivariance error"]
+    (ax,) = (ax for ax in figure.axes if ax.get_visible())
+    assert {text.get_position()[0]: text.get_text() for text in ax.texts} == {300: "1", 400: "2 3", 600: "4"}
+
+
+def test_a_run_that_is_bounded_by_time_is_not_shown_as_a_share_of_its_images(run):
+    run.append_metrics({"images_seen": 8, "reconstruction": 0.5})
+    assert "8 of 1,000 images (0.8%)" in texts(draw_run(run))
+    run.begin(json.dumps(SETTINGS | {"training": SETTINGS["training"] | {"max_minutes": 3}}))
+    assert "8 images" in texts(draw_run(run)) and "%" not in texts(draw_run(run))
+
+
+def test_a_folder_with_dollar_signs_is_drawn(tmp_path):
+    run = RunDirectory(tmp_path / "a$b_{c$d")
+    run.begin(json.dumps(SETTINGS))
+    assert pixels_of(draw_run(run)).ndim == 3

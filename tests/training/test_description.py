@@ -115,6 +115,7 @@ def test_a_finished_run_needs_nothing_more(run, reason, told):
     rows = describe_path(run.path)
     assert rows["what"].startswith(f"training run, {told}") and "continue with" not in rows
     assert "left" not in rows["progress"] and "next" not in rows
+    assert rows["progress"].startswith("200 images, 10 images/s")  # the total lies beyond its time
 
 
 def test_a_folder_of_an_older_version_is_told_by_its_model(run):
@@ -156,6 +157,17 @@ def test_what_is_fine_tuned_is_told(run):
     )
 
 
+def test_what_a_fine_tune_measures_and_leaves_behind_is_told(run):
+    changed = SETTINGS | {"training": SETTINGS["training"] | {"micro_batch_size": "auto"}}
+    run.recipe.write_text(json.dumps(changed))
+    run.drift.write_text("{}")
+    run.append_metrics({"images_seen": 300, "validation_psnr": 20.0, "validation_equivariance_error": 0.125})
+    rows = describe_path(run.path)
+    assert rows["batch"] == "8 images, as many in one forward as fit; learning rate 0.0001"
+    assert rows["last validation"] == "PSNR 20.00 dB, equivariance error 0.1250 (after 300 images)"
+    assert "drift.json (how far fine-tuning moved the latents)" in rows["files"]
+
+
 def test_a_checkpoint_is_explained(run):
     folder = checkpoint(run, 200)
     rows = describe_path(folder)
@@ -180,3 +192,10 @@ def test_no_torch_is_needed(run):
     command = [sys.executable, "-c", code, str(run.path), str(run.checkpoint(200))]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+def test_a_checkpoint_may_lie_anywhere(run, monkeypatch):
+    """Even at the root of a file system, as a volume that is mounted there."""
+    folder = checkpoint(run, 200)
+    monkeypatch.setattr(type(folder), "resolve", lambda self: type(self)(self.anchor) / self.name)
+    assert "continue with" not in describe_path(folder)

@@ -279,7 +279,7 @@ def test_a_second_adapter_is_refused():
 def test_without_peft_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     vae = make(lora=None)
-    with pytest.raises(UserError, match="latentvae.lora."):
+    with pytest.raises(UserError, match=r"latentvae\[lora\]"):
         add_lora(vae, CONFIG, 0)
     assert all(parameter.requires_grad for parameter in vae.parameters())
 

@@ -107,7 +107,16 @@ def test_a_run_that_starts_within_the_finish_trains_the_decoder_alone():
     ("training", "loss", "message"),
     [
         ({}, {"autoencoder_start": 8, "adversarial_weight": 0.0}, "no discriminator to train before it"),
-        ({}, {"autoencoder_start": 8, "discriminator_start": 8, "adversarial_start": 8}, "8 is not before"),
+        (
+            {},
+            {"autoencoder_start": 8, "discriminator_start": 8, "adversarial_start": 8},
+            "nothing trains on the first 8",
+        ),
+        (
+            {},
+            {"autoencoder_start": 8, "discriminator_start": 4, "adversarial_start": 8},
+            "nothing trains on the first 4",
+        ),
         ({"decoder_only_start": 8}, {}, "selects nothing else"),
     ],
 )

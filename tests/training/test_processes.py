@@ -168,3 +168,12 @@ def test_the_command_line_under_torchrun_does_the_same(photographs, tmp_path, on
     assert result.returncode == 0, result.stdout + result.stderr
     one = one_process(photographs, *WHOLE_STEP)
     assert largest_difference(tensors_below(newest(one)), tensors_below(newest(out))) < 1e-9
+
+
+def test_unreadable_images_are_told_whichever_process_met_them(photographs, tmp_path):
+    for path in sorted(photographs.rglob("*.png")):
+        path.write_bytes(path.read_bytes()[:200])
+    settings = (*WHOLE_STEP, f"training.total_images={GLOBAL_BATCH}")
+    one, three = (run(count, photographs, tmp_path / str(count), *settings) for count in (1, 3))
+    a, b = (sorted((out / "unreadable.csv").read_text().splitlines()) for out in (one, three))
+    assert a == b and len(a) >= 5

@@ -15,19 +15,8 @@ from latentvae.errors import UserError
 from latentvae.losses.objective import Objective
 from latentvae.recipe import load_recipe
 from latentvae.training.update import NonFiniteLoss
+from tests.training.process_runs import assert_bit_identical, tensors_below
 from tests.training.recipes import tiny_recipe
-
-
-def tensors_below(folder):
-    """Every tensor of a checkpoint by file and name."""
-    files = sorted(folder.rglob("*.safetensors"))
-    return {f"{file.relative_to(folder)}:{name}": t for file in files for name, t in load_file(file).items()}
-
-
-def assert_bit_identical(a, b):
-    assert a and a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:3]}"
 
 
 def test_a_run_leaves_a_diffusers_folder_with_measured_scaling(photographs, tmp_path):

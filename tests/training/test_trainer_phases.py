@@ -2,14 +2,19 @@
 
 import json
 import logging
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from latentvae.assembly import build
 from latentvae.errors import UserError
+from latentvae.files import write_json
 from latentvae.losses.objective import Objective
+from latentvae.training.run_dir import RunDirectory
 from latentvae.training.update import NonFiniteLoss
 from tests.training.process_runs import assert_bit_identical, tensors_below
 from tests.training.recipes import tiny_recipe
@@ -173,3 +178,24 @@ def test_what_does_not_fit_is_told_before_any_work(photographs, tmp_path, settin
     with pytest.raises(UserError, match=told) as caught:
         build(tiny_recipe(photographs, *settings), tmp_path / "run", progress=False)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_second_trainer_in_a_run_is_refused(photographs, tmp_path):
+    recipe, run = tiny_recipe(photographs), RunDirectory(tmp_path / "run")
+    build(recipe, run.path, progress=False).train()
+    longer = tiny_recipe(photographs, "training.total_images=36", "loss.discriminator_start=8")
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        started = psutil.Process(sleeper.pid).create_time()
+        status = run.read_status() | {"state": "running", "process": sleeper.pid, "process_started": started}
+        write_json(run.status, status)
+        before = run.recipe.read_bytes()
+        with pytest.raises(UserError, match=f"process {sleeper.pid} is training in"):
+            build(longer, run.path, resume="auto", progress=False)
+        assert run.recipe.read_bytes() == before
+        write_json(run.status, status | {"process_started": started - 100})  # another process has its number now
+        build(longer, run.path, resume="auto", progress=False)
+        write_json(run.status, status)
+    finally:
+        sleeper.communicate(b"\n")
+    assert build(longer, run.path, resume="auto", progress=False).train().images_seen == 36  # it was killed
