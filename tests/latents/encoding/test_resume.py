@@ -116,8 +116,9 @@ def test_killed_at_20_random_moments_and_resumed_gives_the_bytes_of_an_undisturb
     store = tmp_path / "killed"
     while len(units) < 20 or store.exists():
         process, before = start(source, store, **settings), committed(store)
-        while moments.random() < 0.99 and process.is_alive() and committed(store) == before:
-            time.sleep(0.005)  # most live long enough to commit something, some die as they start
+        dies_early = moments.random() < 0.2  # as it starts; the others live long enough to commit something
+        while not dies_early and process.is_alive() and committed(store) == before:
+            time.sleep(0.005)
         process.join(moments.uniform(0, whole / 20) if len(units) < 20 else None)
         if process.is_alive():
             process.kill()
@@ -130,7 +131,7 @@ def test_killed_at_20_random_moments_and_resumed_gives_the_bytes_of_an_undisturb
         shutil.rmtree(store)
         finished += 1
     print(f"{kind}: undisturbed {whole:.1f} s; {finished} runs with 20 kills, after {units} units")
-    assert len(set(units)) >= 6 and finished >= 1
+    assert len(set(units)) >= 10 and finished >= 1
 
 
 class DiesAt:
