@@ -1,6 +1,8 @@
 """The largest micro-batch that fits, with a made-up device and on this one."""
 
+import gc
 import threading
+import time
 
 import psutil
 import pytest
@@ -72,9 +74,32 @@ def test_the_need_of_more_images_lies_on_a_line():
     assert largest_within(450.0, 100.0, 100.0, sizes) == 8
 
 
-def test_the_memory_of_a_process_is_watched():
+@pytest.mark.skipif(not memory.PROC.exists(), reason="only Linux keeps the highest mark of a process's memory")
+def test_a_peak_is_seen_however_short_it_is(monkeypatch):
+    monkeypatch.setattr(PeakMemory, "_watch", lambda self: pytest.fail("the mark of the system is to be used"))
+    gc.collect()
+    for _ in range(3):
+        with PeakMemory() as peak:
+            torch.ones(64 * 2**20, dtype=torch.uint8)
+        assert 60 * 2**20 < peak.growth < 200 * 2**20
     with PeakMemory() as peak:
-        torch.ones(64 * 2**20, dtype=torch.uint8)
+        pass
+    assert peak.growth < 16 * 2**20  # the earlier peaks are not this block's
+
+
+@pytest.mark.parametrize("system", ["other", "mark_refused", "mark_not_told"])
+def test_elsewhere_the_memory_of_a_process_is_looked_at_again_and_again(monkeypatch, tmp_path, system):
+    if system != "other":
+        (tmp_path / "status").write_text("VmRSS: 100 kB\n" if system == "mark_not_told" else "VmHWM: 100 kB\n")
+    if system == "mark_refused":
+        (tmp_path / "clear_refs").mkdir()
+    monkeypatch.setattr(memory, "PROC", tmp_path if system != "other" else tmp_path / "none")
+    gc.collect()
+    with PeakMemory() as peak:
+        held = torch.ones(64 * 2**20, dtype=torch.uint8)
+        deadline = time.monotonic() + 30
+        while peak.growth < held.numel() and time.monotonic() < deadline:
+            time.sleep(0.01)
     assert 60 * 2**20 < peak.growth < 200 * 2**20
     assert threading.active_count() < 20
 
