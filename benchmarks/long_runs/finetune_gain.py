@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/finetune_gain"))
     parser.add_argument("--minutes", type=float, default=5.0, help="of decoder and all; three times as long for EQ-VAE")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which fine-tunes  [default: all]")
+    parser.add_argument("--equivariance", type=float, default=0.25, help="share of the steps that transform")
     parser.add_argument("--size", type=int, default=64, help="of training images, pixels")
     parser.add_argument("--judge-size", type=int, default=128)
     arguments = parser.parse_args()
@@ -136,7 +137,7 @@ def main() -> None:
 
     there = (arguments.judge, arguments.judge_size, 1.0)
     table.append(row("base, --judge", judged(base, *there)))
-    for part, name, probability in (("eq", "EQ-VAE", 0.5), ("no-eq", "the same without", 0.0)):
+    for part, name, probability in (("eq", "EQ-VAE", arguments.equivariance), ("no-eq", "the same without", 0.0)):
         if part not in arguments.parts:
             continue
         settings = (f"loss.equivariance={probability}", *AS_BASE)
