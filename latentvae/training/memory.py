@@ -2,6 +2,7 @@
 
 import gc
 import os
+import statistics
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from latentvae.errors import UserError
 
 CUDA_SHARE = 0.9  # of a GPU's memory: the allocator leaves gaps
 CPU_SHARE = 0.5  # of what is free: the workers that read images and the rest of the machine live there too
+TRIALS = 3  # of each size, where memory is that of the whole process: the system takes and gives some at any time
 SAMPLE_SECONDS = 0.002  # between two looks at a process's memory
 PROC = Path("/proc/self")
 
@@ -27,7 +29,8 @@ def largest_micro_batch(
     """The largest divisor of `per_process` images that fits; the smallest such answer of all processes, on each.
 
     On CUDA the divisors are tried upwards until one runs out of memory or takes more than 90 percent of it. Elsewhere
-    sizes 1 and 2 are tried, and larger ones follow from the difference; half of the memory that is free may be taken.
+    sizes 1 and 2 are tried, three times each, and larger ones follow from the difference; half of the memory that is
+    free may be taken.
 
     Args:
         step_of_size: runs a forward and backward of so many images, changes nothing, and leaves nothing behind.
@@ -89,12 +92,13 @@ def _fits_in_ram(step_of_size: Callable[[int], None], sizes: list[int], to_come:
     gc.collect()
     room = CPU_SHARE * psutil.virtual_memory().available / processes - to_come
     step_of_size(1)  # what is made once, such as compiled kernels, is not counted
-    growth = []
-    for size in (1, 2):
-        with PeakMemory() as peak:
-            step_of_size(size)
-        growth.append(peak.growth)
-    return largest_within(room, growth[0], growth[1], sizes)
+    growth: dict[int, list[int]] = {1: [], 2: []}
+    for _ in range(TRIALS):
+        for size, measured in growth.items():
+            with PeakMemory() as peak:
+                step_of_size(size)
+            measured.append(peak.growth)
+    return largest_within(room, statistics.median(growth[1]), statistics.median(growth[2]), sizes)
 
 
 def largest_within(room: float, one: float, two: float, sizes: list[int]) -> int:

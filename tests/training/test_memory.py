@@ -108,11 +108,11 @@ def test_a_cpu_takes_half_of_what_is_free_and_one_image_needs_no_trial(monkeypat
     held = []
 
     def step(size):
-        held.append(torch.ones(size * 32 * 2**20, dtype=torch.uint8))  # 32 MiB an image, given back at once
+        held.append(torch.ones(size * 128 * 2**20, dtype=torch.uint8))  # 128 MiB an image, given back at once
         held.clear()
 
     class Free:
-        available = 2 * (32 * 8 + 16) * 2**20  # twice what eight images need, and a bit
+        available = 2 * (128 * 8 + 64) * 2**20  # twice what eight images need, and a bit
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Free)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
