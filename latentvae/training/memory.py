@@ -1,5 +1,6 @@
 """How many images a forward may have: tried on the device, since no formula knows its kernels."""
 
+import ctypes
 import gc
 import os
 import statistics
@@ -125,6 +126,7 @@ class PeakMemory:
         self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        _give_back_free_memory()
         self._start = self._process.memory_info().rss
         if not _reset_highest_mark():
             self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -145,6 +147,14 @@ class PeakMemory:
             self.growth = max(self.growth, self._process.memory_info().rss - self._start)
             if self._done.wait(SAMPLE_SECONDS):
                 return
+
+
+def _give_back_free_memory() -> None:
+    """What was freed before may still belong to the process, and would be taken again without a trace."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _reset_highest_mark() -> bool:

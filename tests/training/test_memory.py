@@ -1,6 +1,5 @@
 """The largest micro-batch that fits, with a made-up device and on this one."""
 
-import gc
 import threading
 import time
 
@@ -77,7 +76,6 @@ def test_the_need_of_more_images_lies_on_a_line():
 @pytest.mark.skipif(not memory.PROC.exists(), reason="only Linux keeps the highest mark of a process's memory")
 def test_a_peak_is_seen_however_short_it_is(monkeypatch):
     monkeypatch.setattr(PeakMemory, "_watch", lambda self: pytest.fail("the mark of the system is to be used"))
-    gc.collect()
     for _ in range(3):
         with PeakMemory() as peak:
             torch.ones(64 * 2**20, dtype=torch.uint8)
@@ -87,6 +85,15 @@ def test_a_peak_is_seen_however_short_it_is(monkeypatch):
     assert peak.growth < 16 * 2**20  # the earlier peaks are not this block's
 
 
+def test_memory_that_was_freed_before_does_not_hide_a_peak():
+    freed = [torch.ones(100_000, dtype=torch.uint8) for _ in range(2000)]
+    above = [torch.ones(100_000, dtype=torch.uint8) for _ in range(20)]  # holds the heap's end, so that it stays large
+    freed.clear()
+    with PeakMemory() as peak:
+        torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert 60 * 2**20 < peak.growth < 200 * 2**20 and len(above) == 20
+
+
 @pytest.mark.parametrize("system", ["other", "mark_refused", "mark_not_told"])
 def test_elsewhere_the_memory_of_a_process_is_looked_at_again_and_again(monkeypatch, tmp_path, system):
     if system != "other":
@@ -94,7 +101,6 @@ def test_elsewhere_the_memory_of_a_process_is_looked_at_again_and_again(monkeypa
     if system == "mark_refused":
         (tmp_path / "clear_refs").mkdir()
     monkeypatch.setattr(memory, "PROC", tmp_path if system != "other" else tmp_path / "none")
-    gc.collect()
     with PeakMemory() as peak:
         held = torch.ones(64 * 2**20, dtype=torch.uint8)
         deadline = time.monotonic() + 30
