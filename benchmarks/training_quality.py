@@ -12,15 +12,21 @@ The script's learning rate is one for fine-tuning, with which three minutes chan
 
 The script's discriminator starts after 50,001 batches, which no such run reaches; --adversarial-start IMAGES starts it
 there in both (ours trains its discriminator from three quarters of that on, as its defaults do).
+
+--search chooses the batch size and the learning rate of `ours` and of `plain` alike: each pair of --batch-sizes and
+--learning-rates trains on 95 % of the images for the same time, and the best PSNR on the rest, which it has not
+seen wins. The images of --judge have no part in it. Round n trains with seed n; the search with seed 0.
 """
 
 import argparse
+import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -28,6 +34,7 @@ import torch
 from plain_training import PlainConfig, train_plain
 from smoke_recipe import judged, recipe
 
+from latentvae.data import open_source, split_by_key
 from latentvae.errors import UserError
 from latentvae.losses.perceptual import Perceptual
 from latentvae.losses.terms import LDMWeights, LossWeights, from_ldm_units
@@ -35,6 +42,18 @@ from latentvae.model.presets import preset_config
 
 OURS, PLAIN, SHIPPED, PUBLISHED = "ours", "plain", "smoke_cpu", "as published"
 OUR_RESOLUTION = 64  # of the recipe smoke_cpu
+HELD_OUT = 0.05  # of --source, what --search judges on
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What --search searches."""
+
+    batch_size: int
+    learning_rate: float
+
+    def __str__(self) -> str:
+        return f"batches of {self.batch_size}, learning rate {self.learning_rate:g}"
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -47,6 +66,10 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--plain-learning-rate", type=float, default=1e-3)
     parser.add_argument("--plain-resolution", type=int, default=128)
     parser.add_argument("--plain-batch-size", type=int, default=4)
+    parser.add_argument("--search", action="store_true", help="choose batch size and learning rate of both first")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 8, 16], help="that --search tries")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3], help="that --search tries")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)  # of the child process
     parser.add_argument("--plain-run", type=Path, metavar="OUT", help=argparse.SUPPRESS)  # the child process
 
 
@@ -71,13 +94,17 @@ def measure_quality(given: argparse.Namespace) -> None:
         lpips = Perceptual("squeeze")
     except UserError as error:
         raise SystemExit(f"the loss needs LPIPS: {error}") from error
+    choices = {PLAIN: Choice(given.plain_batch_size, given.plain_learning_rate)}
+    if given.search:
+        choices = search(given, lpips)
     names = [OURS, PLAIN] + [SHIPPED] * given.shipped + [PUBLISHED] * given.as_published
     results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     for number in range(given.rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:  # nobody always comes first
             with tempfile.TemporaryDirectory() as folder:
-                gain, reached, distance = judged(train(name, given, Path(folder) / "run"), given.judge, lpips)
+                model = train(name, given, given.source, Path(folder) / "run", choices.get(name), seed=number)
+                gain, reached, distance = judged(model, given.judge, lpips)
             results[name].append((gain, reached, distance))
             print(f"{number} {name:<13} {reached:.2f} dB ({gain:+.2f}), LPIPS {distance:.3f}", flush=True)
     print("\n| | PSNR above mean colour | PSNR | LPIPS (squeeze) |\n|---|---|---|---|")
@@ -86,19 +113,49 @@ def measure_quality(given: argparse.Namespace) -> None:
         print(f"| {name} | {gain:+.2f} dB | {reached:.2f} dB | {distance:.3f} |")
 
 
-def train(name: str, given: argparse.Namespace, out: Path) -> Path:
+def search(given: argparse.Namespace, lpips: Perceptual) -> dict[str, Choice]:
+    """The best choice of each contestant, by PSNR on images of --source that it was not trained on."""
+    with tempfile.TemporaryDirectory() as temporary:
+        learned, held_out = Path(temporary) / "learned", Path(temporary) / "held_out"
+        keys = open_source(given.source).entries().keys
+        for folder, indices in zip((learned, held_out), split_by_key(keys, HELD_OUT), strict=True):
+            for index in indices:
+                (folder / keys[index]).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(given.source / keys[index], folder / keys[index])
+        results: dict[str, dict[Choice, float]] = {OURS: {}, PLAIN: {}}
+        for pair in itertools.product(given.batch_sizes, given.learning_rates):
+            choice = Choice(*pair)
+            for name, reached in results.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    model = train(name, given, learned, Path(folder) / "run", choice, seed=0)
+                    _, reached[choice], distance = judged(model, held_out, lpips)
+                print(f"search {name:<13} {choice}: {reached[choice]:.2f} dB, LPIPS {distance:.3f}", flush=True)
+    chosen = {name: max(reached, key=lambda choice: reached[choice]) for name, reached in results.items()}
+    for name, choice in chosen.items():
+        print(f"chosen {name:<13} {choice}", flush=True)
+    return chosen
+
+
+def train(name: str, given: argparse.Namespace, source: Path, out: Path, choice: Choice | None, *, seed: int) -> Path:
     """Train one of them in a process of its own; the folder of the finished model."""
     if name in (OURS, SHIPPED):
-        settings = [f"model.preset={given.preset}"]
+        settings = [f"model.preset={given.preset}", f"training.seed={seed}"]
         if name == OURS:
-            settings += [*script_loss(given), *given.settings]
-        recipe(given.source, given.judge, out, given.seconds / 60, *settings)
+            settings += script_loss(given)
+            if choice is not None:
+                settings += [
+                    f"training.global_batch_size={choice.batch_size}",
+                    f"training.micro_batch_size={choice.batch_size}",
+                    f"training.learning_rate={choice.learning_rate}",
+                ]
+            settings += given.settings
+        recipe(source, given.judge, out, given.seconds / 60, *settings)
         return out / "model"
     command = [sys.executable, str(Path(__file__).with_name("training_step.py")), "--plain-run", str(out)]
-    for option in (
-        "source", "seconds", "preset", "perceptual", "device", "adversarial_start",
-        "plain_learning_rate", "plain_resolution", "plain_batch_size",
-    ):  # fmt: skip
+    command += ["--source", str(source), "--seed", str(seed)]
+    if choice is not None:
+        command += ["--plain-batch-size", str(choice.batch_size), "--plain-learning-rate", str(choice.learning_rate)]
+    for option in ("seconds", "preset", "perceptual", "device", "adversarial_start", "plain_resolution"):
         value = getattr(given, option)
         if value is not None:
             command += [f"--{option.replace('_', '-')}", str(value)]
@@ -135,7 +192,7 @@ def plain_run(given: argparse.Namespace) -> None:
         config = replace(config, learning_rate=given.plain_learning_rate)
     if given.adversarial_start is not None:
         config = replace(config, discriminator_start=given.adversarial_start)
-    torch.manual_seed(0)
+    torch.manual_seed(given.seed)
     vae = diffusers.AutoencoderKL(**preset_config(given.preset))
     training = train_plain(
         vae,
@@ -144,6 +201,7 @@ def plain_run(given: argparse.Namespace) -> None:
         seconds=given.seconds,
         resolution=given.plain_resolution,
         batch_size=4 if given.as_published else given.plain_batch_size,
+        seed=given.seed,
         device=given.device,
     )
     vae.float().save_pretrained(given.plain_run)

@@ -3,8 +3,9 @@
     python benchmarks/long_runs/finetune_gain.py --base RUN/model --images ../shared/data/clothing \\
         --base-images ../shared/data/caltech101 --judge ../shared/data/bsds_test
 
-Decoder only and `all` train on --images and are measured on a fifth of them that is held out; EQ-VAE trains on
---base-images and is measured on --judge, beside the same fine-tune without it. PSNR and LPIPS (squeeze) by the training
+Decoder only and `all` train on --images and are measured on a fifth of them that is held out; EQ-VAE trains on four
+fifths of --base-images, is measured on the last fifth, on which its share is to be chosen, and on every folder of
+--judge, beside the same fine-tune without it. PSNR and LPIPS (squeeze) by the training
 validation: posterior mode, float32, 8 bits.
 """
 
@@ -107,11 +108,12 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/hour/model"), help="folder of the starting model")
     parser.add_argument("--images", type=Path, default=Path("../shared/data/clothing"))
     parser.add_argument("--base-images", type=Path, default=Path("../shared/data/caltech101"))
-    parser.add_argument("--judge", type=Path, default=Path("../shared/data/bsds_test"))
+    parser.add_argument("--judge", type=Path, nargs="*", default=[Path("../shared/data/bsds_test")])
     parser.add_argument("--out", type=Path, default=Path("runs/finetune_gain"))
     parser.add_argument("--minutes", type=float, default=5.0, help="of decoder and all; three times as long for EQ-VAE")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which fine-tunes  [default: all]")
-    parser.add_argument("--equivariance", type=float, default=0.25, help="share of the steps that transform")
+    parser.add_argument("--equivariance", type=float, help="share of the steps that transform  [the recipe's]")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=64, help="of training images, pixels")
     parser.add_argument("--judge-size", type=int, default=128)
     arguments = parser.parse_args()
@@ -135,14 +137,17 @@ def main() -> None:
         same = model_hashes(load_model(run / "model")).encoder == model_hashes(load_model(base)).encoder
         notes.append(f"{name}: encoder {'unchanged' if same else 'changed'}")
 
-    there = (arguments.judge, arguments.judge_size, 1.0)
-    table.append(row("base, --judge", judged(base, *there)))
+    size_there = arguments.judge_size
+    there = {f"held-out part of {arguments.base_images.name}": (arguments.base_images, size_there, HELD_OUT)}
+    there |= {folder.name: (folder, size_there, 1.0) for folder in arguments.judge}
+    table += [row(f"base, {name}", judged(base, *images)) for name, images in there.items()]
     for part, name, probability in (("eq", "EQ-VAE", arguments.equivariance), ("no-eq", "the same without", 0.0)):
         if part not in arguments.parts:
             continue
-        settings = (f"loss.equivariance={probability}", *AS_BASE)
+        share = () if probability is None else (f"loss.equivariance={probability}",)
+        settings = (*share, f"training.seed={arguments.seed}", *AS_BASE)
         run = finetune("finetune_eq", base, arguments.base_images, arguments.out / part, 3 * minutes, size, *settings)
-        table.append(row(f"{name}, --judge", judged(run / "model", *there)))
+        table += [row(f"{name}, {images}", judged(run / "model", *how)) for images, how in there.items()]
     print("\n".join([*table, "", *notes]))
 
 

@@ -73,10 +73,10 @@ def test_small_fits_a_small_gpu_and_a_small_set():
     assert not recipe.loss.has_adversarial
 
 
-def test_eq_holds_the_paper_s_values():
+def test_eq_holds_the_paper_s_transforms_in_a_quarter_of_the_steps():
     recipe = load_recipe("finetune_eq", ["model.start_from=owner/model"])
     loss = recipe.loss
-    assert (loss.equivariance, loss.equivariance_scales, loss.equivariance_rotation) == (0.5, (8, 31), True)
+    assert (loss.equivariance, loss.equivariance_scales, loss.equivariance_rotation) == (0.25, (8, 31), True)
     assert loss.anchor_weight == 0 and recipe.training.trainable == "all"
     assert loss.discriminator_start == 0 and loss.adversarial_start == loss.autoencoder_start > 0
 
