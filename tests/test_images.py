@@ -451,6 +451,13 @@ def test_from_model_clamps_and_rounds():
     )
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_to_model_leaves_the_images_as_they_were(channels):
+    images = torch.full((1, 2, 2, channels), 0.5)
+    to_model(images, PixelFormat(channels=channels, dtype="float32", range=(0, 1)))
+    assert (images == 0.5).all()
+
+
 def test_to_model_takes_one_image_and_refuses_others():
     assert to_model(torch.zeros(4, 6, 3, dtype=torch.uint8), PixelFormat()).shape == (1, 3, 4, 6)
     array = torch.randint(0, 256, (2, 4, 6, 3), dtype=torch.uint8)

@@ -148,7 +148,7 @@ def to_model(images: Tensor, pixels: PixelFormat) -> Tensor:
         # few kernels know uint16 on every device: the same bits as int16, then the sign bit undone
         samples = (images.view(torch.int16).to(torch.int32) & 0xFFFF).float()
     else:
-        samples = images.float()
+        samples = images.to(torch.float32, copy=True)  # changed in place below: never the caller's own
     samples = samples.permute(0, 3, 1, 2).contiguous()
     return samples.sub_(pixels.low).mul_(2.0 / (pixels.high - pixels.low)).sub_(1.0)
 
