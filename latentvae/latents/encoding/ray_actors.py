@@ -170,6 +170,7 @@ class Crew:
                 self.ray.kill(actor)  # one that only could not be reached must not go on
             raise ActorLost(numbers, one_line(error)[:200]) from error
         except lost.RayTaskError as error:
+            self.idle.append(actor)  # `dismiss` must find it: what failed may be kept, and with it the actor's place
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from error
             raise

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections import Counter
 
 import pytest
@@ -19,12 +20,27 @@ pytestmark = pytest.mark.multiprocess
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def two_cpus():
     """A Ray of two CPUs, whose workers find the tests."""
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def cluster(two_cpus):
+    """Both CPUs are free before a test, and again after it, however it ended: no run keeps a place."""
+    wait_until_free(two_cpus)
+    yield two_cpus
+    wait_until_free(two_cpus)
+
+
+def wait_until_free(ray, seconds=120):
+    deadline = time.monotonic() + seconds
+    while ray.available_resources().get("CPU", 0) < 2:
+        assert time.monotonic() < deadline, f"an actor still has its place: {ray.available_resources()}"
+        time.sleep(0.1)
 
 
 def encode(source, out, **options):
